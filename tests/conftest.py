@@ -1,0 +1,24 @@
+"""One process setup for the whole suite: eight virtual CPU devices and a persistent compilation cache."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache' / 'jax'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> pathlib.Path:
+  """Real robot data beside the checkout; tests that need it are skipped by name when it is absent."""
+  path = ROOT.parent / 'shared' / 'data'
+  if not path.is_dir():
+    pytest.skip(f'real robot data not found at {path}')
+  return path

@@ -1,0 +1,1 @@
+"""The world-action model. Flax lives only in this package; `functional` is the only door to it."""

@@ -1,0 +1,115 @@
+"""Building blocks shared by both towers. Parameters are float32; matmuls run in `dtype`; norms in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wallwm_jax.kernels.attention.api import dot_product_attention
+from wallwm_jax.models.rope import Rotation, apply_rope
+
+_EPS = 1e-6
+
+
+class Linear(nnx.Module):
+  """y = x W + b in `dtype`. `scale` multiplies the fan-in initialisation; 0 starts at exactly zero."""
+
+  def __init__(self, d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, scale: float = 1.0):
+    std = scale / d_in**0.5
+    kernel = std * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, (d_in, d_out))
+    self.kernel, self.bias = nnx.Param(kernel), nnx.Param(jnp.zeros((d_out,)))
+    self.dtype = dtype
+
+  def __call__(self, x):
+    return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale over the last axis, statistics in float32."""
+
+  def __init__(self, width: int):
+    self.scale = nnx.Param(jnp.ones((width,)))
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + _EPS)
+    return (y * self.scale[...]).astype(x.dtype)
+
+
+class AffineLayerNorm(nnx.Module):
+  """LayerNorm with learned scale and bias."""
+
+  def __init__(self, width: int):
+    self.scale, self.bias = nnx.Param(jnp.ones((width,))), nnx.Param(jnp.zeros((width,)))
+
+  def __call__(self, x):
+    return (layer_norm(x) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+  """A learned table [size, width]."""
+
+  def __init__(self, size: int, width: int, *, std: float, rngs: nnx.Rngs):
+    self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
+
+  def __call__(self, index):
+    return self.embedding[...][index]
+
+
+def layer_norm(x):
+  """Parameter-free LayerNorm over the last axis, float32 out."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, -1, keepdims=True)
+  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + _EPS)
+
+
+def modulate(x, shift, scale):
+  """AdaLN: LN(x) * (1 + scale) + shift in float32, back in the dtype of x."""
+  return (layer_norm(x) * (1.0 + scale) + shift).astype(x.dtype)
+
+
+def timestep_features(sigma, width: int):
+  """[..., width] float32 sinusoids of 1000 * sigma, cosines first (Wan's convention)."""
+  half = width // 2
+  frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
+  angle = 1000.0 * sigma[..., None].astype(jnp.float32) * frequency
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with QK-RMSNorm over the full width (before the head split).
+
+  `kv_width` differs from `width` in the coupling layer; `out_scale` 0 makes a residual branch start at exactly zero.
+  """
+
+  def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, kv_width: int | None = None,
+               out_scale: float = 1.0):
+    kv_width = width if kv_width is None else kv_width
+    self.heads = heads
+    self.q = Linear(width, width, dtype=dtype, rngs=rngs)
+    self.k = Linear(kv_width, width, dtype=dtype, rngs=rngs)
+    self.v = Linear(kv_width, width, dtype=dtype, rngs=rngs)
+    self.o = Linear(width, width, dtype=dtype, rngs=rngs, scale=out_scale)
+    self.q_norm, self.k_norm = RMSNorm(width), RMSNorm(width)
+
+  def queries(self, x, rotation: Rotation | None = None):
+    """[..., S, heads, hd] normalised (and rotated) queries of x [..., S, D]."""
+    return self._split(self.q_norm(self.q(x)), rotation)
+
+  def keys_values(self, x, rotation: Rotation | None = None):
+    """Keys (normalised, rotated) and values of x, each [..., S, heads, hd]."""
+    return self._split(self.k_norm(self.k(x)), rotation), self._split(self.v(x))
+
+  def attend(self, q, k, v, mask=None):
+    """Output projection of attention; mask broadcasts to [B, heads, Sq, Sk], True = attend."""
+    out = dot_product_attention(q, k, v, mask=mask)
+    return self.o(out.reshape(*out.shape[:-2], -1))
+
+  def __call__(self, x, context=None, *, mask=None, rotation: Rotation | None = None):
+    k, v = self.keys_values(x if context is None else context, rotation)
+    return self.attend(self.queries(x, rotation), k, v, mask)
+
+  def _split(self, x, rotation=None):
+    x = x.reshape(*x.shape[:-1], self.heads, -1)
+    return x if rotation is None else apply_rope(x, rotation)

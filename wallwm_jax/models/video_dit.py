@@ -1,0 +1,173 @@
+"""The multi-view video DiT: Wan-style blocks with a zero-initialised cross-view branch (SPEC 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wallwm_jax.config import ModelConfig
+from wallwm_jax.models.layers import (AffineLayerNorm, Attention, Embedding, Linear, layer_norm,
+                                      modulate, timestep_features)
+from wallwm_jax.models.rope import Rotation, camera_angles, camera_pairs, video_angles
+from wallwm_jax.models.stack import scan_blocks, stack_blocks
+from wallwm_jax.parallel.constraints import constrain
+from wallwm_jax.types import Text, pytree_dataclass
+
+
+@pytree_dataclass
+class VideoMasks:
+  """Which tokens exist. view [B, V]; frame [B, F]; sight [B, V, P, V, P] co-visibility or None."""
+
+  view: jax.Array
+  frame: jax.Array
+  sight: jax.Array | None
+
+
+class _Attend(NamedTuple):
+  """Masks and rotations in the layouts the three attentions of a block need."""
+
+  self_mask: jax.Array  # [B*V, 1, 1, F*P]
+  self_rotation: Rotation  # [F*P, pairs]
+  view_mask: jax.Array | None  # [B*F, 1, 1 or V*P, V*P]
+  view_rotation: Rotation | None  # [B*F, V*P, pairs]
+  text: jax.Array  # [B, X, D]
+  text_mask: jax.Array  # [B, 1, 1, X]
+
+
+class FeedForward(nnx.Module):
+  """Linear, tanh-GELU, Linear."""
+
+  def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+    self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
+    self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class VideoBlock(nnx.Module):
+  """Self-attention within a view, cross-view attention per frame, text cross-attention, FFN."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    c, dtype = config.video, jnp.dtype(config.dtype)
+    # Rows: shift, scale, gate of self-attention, then of the FFN. Gates start open, shifts and scales at rest.
+    self.modulation = nnx.Param(jnp.zeros((6, c.width)).at[jnp.array([2, 5])].set(1.0))
+    self.self_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
+    if c.cross_view:
+      self.cross_view = Attention(c.width, c.heads, dtype=dtype, rngs=rngs, out_scale=0.0)
+      self.view_gate = nnx.Param(jnp.ones((c.width,)))
+      # The graft starts as a copy of the block's own self-attention; only its output is zero.
+      for name in ('q', 'k', 'v'):
+        getattr(self.cross_view, name).kernel[...] = getattr(self.self_attn, name).kernel[...]
+    self.norm_cross = AffineLayerNorm(c.width)
+    self.cross_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
+    self.ffn = FeedForward(c.width, c.ffn, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x, e6, view_gate, ctx: _Attend):
+    """x [B, V, F, P, D]; e6 [B, F, 6, D] and view_gate [B, F, D] time modulations, float32."""
+    b, v, f, p, d = x.shape
+    m = (self.modulation[...] + e6)[:, None, :, :, None]  # [B, 1, F, 6, 1, D]
+    shift, scale, gate, shift_ff, scale_ff, gate_ff = (m[:, :, :, i] for i in range(6))
+    h = modulate(x, shift, scale).reshape(b * v, f * p, d)
+    h = self.self_attn(h, mask=ctx.self_mask, rotation=ctx.self_rotation)
+    x = x + (h.reshape(x.shape) * gate).astype(x.dtype)
+    if hasattr(self, 'cross_view'):
+      x = x + self._across_views(x, shift, scale, view_gate, ctx)
+    h = self.cross_attn(self.norm_cross(x).reshape(b, v * f * p, d), ctx.text, mask=ctx.text_mask)
+    x = x + h.reshape(x.shape).astype(x.dtype)
+    h = self.ffn(modulate(x, shift_ff, scale_ff))
+    x = x + (h * gate_ff).astype(x.dtype)
+    return constrain(x, 'batch', None, None, 'patch', None)
+
+  def _across_views(self, x, shift, scale, view_gate, ctx: _Attend):
+    """g * W_view CrossViewAttn(h), frame by frame over all views' patches; exactly 0 at initialisation."""
+    b, v, f, p, d = x.shape
+    h = modulate(x, shift, scale).swapaxes(1, 2).reshape(b * f, v * p, d)
+    h = self.cross_view(h, mask=ctx.view_mask, rotation=ctx.view_rotation)
+    gate = (self.view_gate[...] + view_gate)[:, None, :, None]
+    return (h.reshape(b, f, v, p, d).swapaxes(1, 2) * gate).astype(x.dtype)
+
+
+class VideoTower(nnx.Module):
+  """Noised latents, per-frame noise levels and text -> prediction and the features after every block."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    c, dtype = config.video, jnp.dtype(config.dtype)
+    self.config = config
+    channels = config.codec.channels
+    # Channel conditioning appends the known latents and their mask (Wan's inpainting convention).
+    d_in = channels if c.conditioning == 'frame' else 2 * channels + 1
+    cells = c.patch[1] * c.patch[2]
+    self.patch_embed = Linear(cells * d_in, c.width, dtype=dtype, rngs=rngs)
+    self.time_in = Linear(c.freq_dim, c.width, dtype=jnp.float32, rngs=rngs)
+    self.time_out = Linear(c.width, c.width, dtype=jnp.float32, rngs=rngs)
+    self.time_proj = Linear(c.width, 6 * c.width, dtype=jnp.float32, rngs=rngs, scale=0.0)
+    self.text_in = Linear(config.text.width, c.width, dtype=dtype, rngs=rngs)
+    self.text_out = Linear(c.width, c.width, dtype=dtype, rngs=rngs)
+    if c.cross_view:
+      self.view_gate = Linear(c.width, c.width, dtype=jnp.float32, rngs=rngs, scale=0.0)
+      self.view_embed = Embedding(len(config.views), camera_pairs(c.head_dim)[2], std=1.0, rngs=rngs)
+    self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs=rngs), c.layers, rngs)
+    self.head = VideoHead(config, cells * channels, rngs=rngs)
+
+  def __call__(self, z, t, text: Text, masks: VideoMasks):
+    """z [B, V, F, h, w, C'], t [B, F] in [0, 1] -> (prediction [B, V, F, h, w, C], features [L, B, V, F, P, D])."""
+    c = self.config.video
+    b, v, f, h, w, _ = z.shape
+    grid = (h // c.patch[1], w // c.patch[2])
+    x = constrain(self.patch_embed(_patchify(z, c.patch)), 'batch', None, None, 'patch', None)
+    temb = self.time_out(jax.nn.silu(self.time_in(timestep_features(t, c.freq_dim))))
+    e6 = self.time_proj(jax.nn.silu(temb)).reshape(b, f, 6, c.width)
+    gate = self.view_gate(jax.nn.silu(temb)) if c.cross_view else jnp.zeros_like(temb)
+    ctx = self._context(x, grid, text, masks)
+    x, features = scan_blocks(self.blocks, lambda block, x: block(x, e6, gate, ctx), x, self.config.remat)
+    return _unpatchify(self.head(x, temb), grid, c.patch), features
+
+  def _context(self, x, grid, text: Text, masks: VideoMasks) -> _Attend:
+    c = self.config.video
+    b, v, f, p, _ = x.shape
+    frames = np.arange(f)
+    view_mask, view_rotation = None, None
+    if c.cross_view:
+      table = camera_angles(frames, grid, self.view_embed.embedding[...][:v], c.head_dim, c.rope_theta)
+      tiled = jnp.broadcast_to(table, (b, *table.shape)).reshape(b * f, v * p, -1)
+      view_rotation = Rotation.of(tiled)
+      seen = jnp.broadcast_to(masks.view[:, None, None, :, None], (b, 1, 1, v, p)).reshape(b, 1, v * p)
+      if masks.sight is not None:
+        seen = seen & masks.sight.reshape(b, v * p, v * p)
+      view_mask = jnp.broadcast_to(seen[:, None], (b, f, *seen.shape[1:])).reshape(b * f, 1, *seen.shape[1:])
+    own = jnp.broadcast_to(masks.frame[:, None, :, None], (b, v, f, p)).reshape(b * v, 1, 1, f * p)
+    embedded = self.text_out(jax.nn.gelu(self.text_in(text.features), approximate=True))
+    rotation = Rotation.of(video_angles(frames, grid, c.head_dim, c.rope_theta))
+    return _Attend(own, rotation, view_mask, view_rotation, embedded, text.mask[:, None, None, :])
+
+
+class VideoHead(nnx.Module):
+  """Modulated LayerNorm and a zero-initialised linear map to patch values."""
+
+  def __init__(self, config: ModelConfig, d_out: int, *, rngs: nnx.Rngs):
+    width = config.video.width
+    self.modulation = nnx.Param(jnp.zeros((2, width)))
+    self.kernel = nnx.Param(jnp.zeros((width, d_out)))
+    self.bias = nnx.Param(jnp.zeros((d_out,)))
+
+  def __call__(self, x, temb):
+    """x [B, V, F, P, D], temb [B, F, D] -> float32 [B, V, F, P, d_out]."""
+    shift, scale = (self.modulation[...][i] + temb[:, None, :, None] for i in (0, 1))
+    return (layer_norm(x) * (1.0 + scale) + shift) @ self.kernel[...] + self.bias[...]
+
+
+def _patchify(z, patch):
+  b, v, f, h, w, c = z.shape
+  z = z.reshape(b, v, f, h // patch[1], patch[1], w // patch[2], patch[2], c)
+  return z.transpose(0, 1, 2, 3, 5, 4, 6, 7).reshape(b, v, f, (h // patch[1]) * (w // patch[2]), -1)
+
+
+def _unpatchify(x, grid, patch):
+  b, v, f, _, _ = x.shape
+  x = x.reshape(b, v, f, *grid, patch[1], patch[2], -1).transpose(0, 1, 2, 3, 5, 4, 6, 7)
+  return x.reshape(b, v, f, grid[0] * patch[1], grid[1] * patch[2], -1)

@@ -1,0 +1,168 @@
+"""The axis glossary, array aliases and the records that cross package borders.
+
+Axis letters used in every docstring of the project:
+
+  B  batch (events)             V  camera views               T  raw video frames
+  F  latent frames, F = 1 + N   N  future latent frames       H W  pixel rows, columns
+  h w  latent rows, columns     C  latent channels            P  patches (tokens) of one view-frame
+  D  model width                L  layers                     R  action noise draws over one video forward
+  K  action steps, K = K_p * N  A  action (and state) width   X  text tokens
+  E  text feature width         S  tokens of a sequence       J  key/value tokens, J = V * F * P
+
+Units: positions m, rotations as the first two columns of the rotation matrix (6D), gripper 0 (closed)
+to 1 (open), times in frames unless a name says `_s`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+Params = dict[str, Any]  # nested dict of arrays; never a Flax object
+PRNGKey = Array
+
+
+class WallWMError(Exception):
+  """Base of the errors this project raises on purpose; the message says expected, got and where."""
+
+
+class ConfigError(WallWMError, ValueError):
+  """A configuration that cannot be run."""
+
+
+class DataError(WallWMError, ValueError):
+  """Input data that breaks its schema."""
+
+
+class CorruptStoreError(DataError):
+  """A store whose bytes are not the bytes that were written."""
+
+
+class CheckpointError(WallWMError, ValueError):
+  """A checkpoint that does not belong to this model, or could not be written or read."""
+
+
+class StatsMismatchError(WallWMError, ValueError):
+  """Normalisation statistics that differ from those a model was trained with."""
+
+
+def pytree_dataclass(cls):
+  """A frozen dataclass whose fields are all pytree children."""
+  cls = dataclasses.dataclass(frozen=True)(cls)
+  fields = [f.name for f in dataclasses.fields(cls)]
+  return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=[])
+
+
+@pytree_dataclass
+class Cameras:
+  """Pinhole calibration per view, world frame.
+
+  intrinsics: [B, V, 3, 3] px, for the stored image size; extrinsics: [B, V, 4, 4] camera-to-world, m,
+  OpenCV axes (x right, y down, z forward); valid: [B, V], False where a view has no calibration.
+  """
+
+  intrinsics: Float[Array, "B V 3 3"]
+  extrinsics: Float[Array, "B V 4 4"]
+  valid: Bool[Array, "B V"]
+
+
+@pytree_dataclass
+class Text:
+  """Frozen text-encoder features of one caption: features [B, X, E], mask [B, X] (True = real token)."""
+
+  features: Float[Array, "B X E"]
+  mask: Bool[Array, "B X"]
+
+
+@pytree_dataclass
+class Observation:
+  """What a policy may look at when it is asked to act.
+
+  frames: [B, V, T, H, W, 3] uint8; T = 1 in event mode, 1 + 4M (history + anchor) in unified mode.
+  state: [B, A] physical units, absolute end-effector pose + gripper at the last frame.
+  view_mask: [B, V], False where a camera is absent (its tokens are never attended to).
+  """
+
+  frames: UInt8[Array, "B V T H W 3"]
+  state: Float[Array, "B A"]
+  view_mask: Bool[Array, "B V"]
+
+
+@pytree_dataclass
+class EventBatch:
+  """One training batch; every event of a batch lies in the same length bucket.
+
+  frames: [B, V, T, H, W, 3] uint8, T = 1 + 4N (event window) or 1 + 4M + 4N (chunk window).
+  num_frames: [B] valid raw frames, 1 + 4n <= T; later frames are padding.
+  raw_length: [B] frames of the event before truncation to the window (drives caption drop).
+  state: [B, A] normalised state at the anchor frame.
+  actions: [B, K, A] normalised, relative to the anchor pose; action_mask: [B, K, A] True = supervised.
+  text: features of the caption; view_mask: [B, V]; pixel_mask: [B, V, H, W], False on synthetic borders.
+  cameras: calibration (valid = False where unknown); uid: [B, 2] uint32 halves of the event's id.
+  """
+
+  frames: UInt8[Array, "B V T H W 3"]
+  num_frames: Int[Array, "B"]
+  raw_length: Int[Array, "B"]
+  state: Float[Array, "B A"]
+  actions: Float[Array, "B K A"]
+  action_mask: Bool[Array, "B K A"]
+  text: Text
+  view_mask: Bool[Array, "B V"]
+  pixel_mask: Bool[Array, "B V H W"]
+  cameras: Cameras
+  uid: Int[Array, "B 2"]
+
+
+@pytree_dataclass
+class ActionChunk:
+  """What a policy answers: actions [B, K, A] in physical units relative to the anchor pose, mask [B, K]."""
+
+  actions: Float[Array, "B K A"]
+  mask: Bool[Array, "B K"]
+
+
+@pytree_dataclass
+class NormStats:
+  """Per-channel statistics; x_norm = (x - mean) / scale. Physical units.
+
+  action_*: [A] relative actions; state_*: [A] absolute state; latent_*: [C] codec latents.
+  """
+
+  action_mean: Float[Array, "A"]
+  action_scale: Float[Array, "A"]
+  state_mean: Float[Array, "A"]
+  state_scale: Float[Array, "A"]
+  latent_mean: Float[Array, "C"]
+  latent_scale: Float[Array, "C"]
+
+
+@pytree_dataclass
+class InferenceParams:
+  """Everything a rollout needs: model weights (EMA) and the statistics they were trained with."""
+
+  model: Params
+  norm: NormStats
+
+
+class EnvFns(NamedTuple):
+  """A pure-functional environment, unbatched; every field is jit- and vmap-able.
+
+  reset(key, task) -> state; observe(state) -> Observation without the batch axis (frames [V, 1, H, W, 3]);
+  step(state, target [A] absolute pose + gripper) -> state; execute(state, actions [K, A] relative to the
+  pose at call time, mask [K]) -> (state, frames [V, K, H, W, 3], poses [K, A]);
+  caption(state) -> int32 id of the next scripted event; task_caption(state) -> int32 id of the instruction;
+  progress(state) -> float 0..100; success(state) -> bool.
+  """
+
+  reset: Callable[..., Any]
+  observe: Callable[..., Any]
+  step: Callable[..., Any]
+  execute: Callable[..., Any]
+  caption: Callable[..., Any]
+  task_caption: Callable[..., Any]
+  progress: Callable[..., Any]
+  success: Callable[..., Any]
