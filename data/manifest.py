@@ -1,0 +1,95 @@
+"""The manifest: what files a store has, and the proof that they are the ones that were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+
+from wallwm_jax.types import CorruptStoreError, DataError
+
+FORMAT, VERSION = 'wallwm-event-store', 1
+
+
+def describe(root: pathlib.Path, name: str, count: int) -> dict:
+  """The manifest entry of a finished file, which is flushed to disk first."""
+  with open(root / name, 'rb') as f:
+    os.fsync(f.fileno())
+  return {
+    'path': name,
+    'bytes': (root / name).stat().st_size,
+    'records': count,
+    'sha256': _sha256(root / name),
+  }
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+  content = {k: v for k, v in manifest.items() if k != 'digest'}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(root: pathlib.Path, content: dict) -> None:
+  """Adds format, version and a digest of the content, and flushes to disk."""
+  manifest = {'format': FORMAT, 'version': VERSION, **content}
+  manifest['digest'] = _digest(manifest)
+  with open(root / 'manifest.json', 'w') as f:
+    f.write(json.dumps(manifest, indent=1))
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+  """The manifest of the store at `path`.
+
+  Raises:
+    DataError: there is none, it is not ours or its format version is newer than this code.
+    CorruptStoreError: it is damaged.
+  """
+  file = path / 'manifest.json'
+  if not file.is_file():
+    raise DataError(
+      f'no event store at {path}: {file.name} not found. Build one with `wallwm data build`.'
+    )
+  try:
+    manifest = json.loads(file.read_text())
+  except ValueError as error:
+    raise CorruptStoreError(f'{file}: not valid JSON ({error}).') from None
+  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
+    raise DataError(f'{file}: expected format {FORMAT!r}. This is not an event store.')
+  if not isinstance(manifest.get('version'), int) or manifest['version'] > VERSION:
+    raise DataError(
+      f'{file}: format version {manifest.get("version")}, this code reads up to {VERSION}. '
+      'Upgrade wallwm_jax.'
+    )
+  if manifest.get('digest') != _digest(manifest):
+    raise CorruptStoreError(f'{file}: content does not match its digest.')
+  return manifest
+
+
+def check_size(root: pathlib.Path, entry: dict) -> None:
+  """Raises CorruptStoreError if the file of a manifest entry is missing or has another size."""
+  path = root / entry['path']
+  if not path.is_file():
+    raise CorruptStoreError(
+      f'{path}: missing ({entry["bytes"]} bytes expected). Copy it again or rebuild the store.'
+    )
+  if path.stat().st_size != entry['bytes']:
+    raise CorruptStoreError(
+      f'{path}: expected {entry["bytes"]} bytes, got {path.stat().st_size} (truncated?). '
+      'Copy it again or rebuild the store.'
+    )
+
+
+def check_digest(root: pathlib.Path, entry: dict) -> None:
+  """Raises CorruptStoreError if the bytes of a manifest entry's file have changed."""
+  if _sha256(root / entry['path']) != entry['sha256']:
+    raise CorruptStoreError(
+      f'{root / entry["path"]}: sha256 does not match the manifest, bytes have changed. '
+      'Copy it again or rebuild the store.'
+    )

@@ -1,0 +1,176 @@
+"""Normalisation statistics of training windows: computed once, saved with every checkpoint,
+checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from wallwm_jax.config import ActionSpec, ExperimentConfig
+from wallwm_jax.data.pipeline import event_buckets, make_reader, split_events
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.data.transforms import Draw, WindowReader
+from wallwm_jax.types import DataError, NormStats, StatsMismatchError, Text
+
+# Smallest scale of a channel: a direction in which the data hardly move is not blown up to unit
+# variance.
+SCALE_FLOOR = {'position': 0.01, 'rotation': 0.1, 'gripper': 0.1}  # m, rot6d entries, 0..1
+LATENT_FLOOR = 0.01  # of the largest latent scale
+
+EncodeVideo = Callable[[np.ndarray], np.ndarray]  # uint8 [B, V, T, H, W, 3] -> [B, V, F, h, w, C]
+
+
+def compute(
+  store: EventStore,
+  config: ExperimentConfig,
+  encode_video: EncodeVideo | None = None,
+  *,
+  max_windows: int = 4096,
+  max_videos: int = 64,
+) -> NormStats:
+  """Statistics over an evenly spaced sample of the windows of config.data.split.
+
+  Args:
+    store, config: windows are cut as in training; config.data.normalisation chooses mean and
+      standard deviation or the centre and half-width of the 1 %..99 % range (latents always use
+      the former).
+    encode_video: the codec; None leaves latents unscaled (mean 0, scale 1).
+    max_windows: windows read for actions and state; max_videos: windows encoded for latents.
+
+  Returns:
+    NormStats of float32 NumPy arrays; identity for actions and state where no episode has any.
+  """
+  blank = _identity(config)
+  reader = make_reader(config, store, blank, _no_text)
+  draws = _sample(store, config, max_windows)
+  states, actions = [], []
+  for draw in draws:
+    state, action, mask = reader.robot(draw)
+    if mask.any():
+      states.append(state)
+      actions.append(action[mask].reshape(-1, action.shape[-1]))
+  result = vars(blank).copy()
+  if actions:
+    kind, spec = config.data.normalisation, config.model.action_spec
+    result['action_mean'], result['action_scale'] = _robot_moments(
+      np.concatenate(actions), kind, spec
+    )
+    result['state_mean'], result['state_scale'] = _robot_moments(np.stack(states), kind, spec)
+  if encode_video is not None:
+    picked = [
+      draws[i]
+      for i in np.unique(np.linspace(0, len(draws) - 1, min(max_videos, len(draws))).astype(int))
+    ]
+    result['latent_mean'], result['latent_scale'] = _latent_moments(
+      reader, picked, encode_video, config
+    )
+  return NormStats(**{k: np.asarray(v, np.float32) for k, v in result.items()})
+
+
+def save(norm: NormStats, path: str | os.PathLike) -> None:
+  """Writes JSON that `load` reads back bit for bit."""
+  values = {k: [float(x) for x in np.asarray(v, np.float32)] for k, v in vars(norm).items()}
+  pathlib.Path(path).write_text(json.dumps({'hash': stats_hash(norm), **values}, indent=1))
+
+
+def load(path: str | os.PathLike) -> NormStats:
+  """Inverse of `save`; raises DataError if the file is missing, malformed or was changed."""
+  try:
+    values = json.loads(pathlib.Path(path).read_text())
+    expected = values.pop('hash')
+    norm = NormStats(**{k: np.array(v, np.float32) for k, v in values.items()})
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise DataError(f'normalisation statistics {path}: cannot be read ({error!r}).') from None
+  if stats_hash(norm) != expected:
+    raise DataError(
+      f'normalisation statistics {path}: content does not match its hash, the file was changed.'
+    )
+  return norm
+
+
+def stats_hash(norm: NormStats) -> str:
+  """Hex digest of the content."""
+  digest = hashlib.sha256()
+  for name, value in vars(norm).items():
+    value = np.ascontiguousarray(value, np.float32)
+    digest.update(f'{name}{value.shape}'.encode() + value.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def check_match(expected: NormStats, got: NormStats) -> None:
+  """Raises StatsMismatchError naming the first group and channel in which two sets of statistics
+  differ."""
+  for name in vars(expected):
+    a, b = (np.asarray(getattr(norm, name), np.float32) for norm in (expected, got))
+    if a.shape != b.shape:
+      raise StatsMismatchError(
+        f'{name}: expected {a.size} channels, got {b.size}. '
+        'These statistics belong to another model.'
+      )
+    differ = np.flatnonzero(~((a == b) | (np.isnan(a) & np.isnan(b))))
+    if len(differ):
+      i = int(differ[0])
+      raise StatsMismatchError(
+        f'{name}: {len(differ)} channels differ, first channel {i}: expected {a[i]!s}, '
+        f'got {b[i]!s}. Use the statistics saved with the checkpoint.'
+      )
+
+
+def _identity(config: ExperimentConfig) -> NormStats:
+  a, c = config.model.action_spec.dim, config.model.codec.channels
+  return NormStats(*(np.full(n, value, np.float32) for n in (a, a, c) for value in (0, 1)))
+
+
+def _no_text(captions: list[str]) -> Text:
+  return Text(np.zeros((len(captions), 1, 1), np.float32), np.zeros((len(captions), 1), bool))
+
+
+def _sample(store: EventStore, config: ExperimentConfig, limit: int) -> list[Draw]:
+  """Evenly spaced events; the anchors of chunk windows walk through their events."""
+  events, buckets = split_events(store, config), event_buckets(store, config)
+  starts, ends = store.column('start'), store.column('end')
+  if config.data.window == 'chunk':  # every possible anchor is a window
+    owner = np.repeat(events, (ends - starts - 1)[events])
+    anchor = np.concatenate([np.arange(starts[e], ends[e] - 1) for e in events])
+  else:
+    owner, anchor = events, starts[events]
+  picked = np.unique(np.linspace(0, len(owner) - 1, min(limit, len(owner))).astype(int))
+  return [
+    Draw(int(owner[i]), config.data.buckets[buckets[owner[i]]], int(anchor[i])) for i in picked
+  ]
+
+
+def _robot_moments(x: np.ndarray, kind: str, spec: ActionSpec) -> tuple[np.ndarray, np.ndarray]:
+  """x: [n, A] -> centre and floored scale, [A] float64."""
+  x = x.astype(np.float64)
+  if kind == 'quantile':
+    low, high = np.quantile(x, [0.01, 0.99], axis=0)
+    center, scale = (low + high) / 2, (high - low) / 2
+  else:
+    center, scale = x.mean(0), x.std(0)
+  floor = np.empty(spec.dim)
+  for group, channels in spec.groups().items():
+    floor[list(channels)] = SCALE_FLOOR[group]
+  return center, np.maximum(scale, floor)
+
+
+def _latent_moments(
+  reader: WindowReader, draws: list[Draw], encode_video: EncodeVideo, config: ExperimentConfig
+):
+  """Mean and standard deviation per latent channel over real cameras and unpadded latent frames,
+  [C] float64."""
+  count, total, squares = 0, 0.0, 0.0
+  for draw in draws:
+    frames, view_mask, _, _ = reader.pixels(draw)
+    latents = np.asarray(encode_video(frames[None]), np.float64)[0]
+    real = 1 + (reader.window(draw).num_frames - 1) // config.model.steps_per_latent
+    x = latents[view_mask, :real].reshape(-1, latents.shape[-1])
+    count, total, squares = count + len(x), total + x.sum(0), squares + (x**2).sum(0)
+  mean = total / count
+  scale = np.sqrt(np.maximum(squares / count - mean**2, 0))
+  return mean, np.maximum(scale, max(LATENT_FLOOR * scale.max(), 1e-6))

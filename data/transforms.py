@@ -1,0 +1,203 @@
+"""From a planned draw to one normalised training window.
+
+Window geometry (r = steps per latent = 4, N = bucket, M = history latents, stride = raw frames per
+model frame): an event window has 1 + 4N frames, anchored on the event's first frame; a chunk
+window has 4M history frames, the anchor and 4N future frames. With L model frames from the anchor
+to the end, n = min(N, ceil((L - 1) / 4)) latents are real: inside 1 + 4n frames the last frame is
+repeated and the last target held (the end pose is supervised); beyond them everything is padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.data import images
+from wallwm_jax.data.records import EpisodeInfo
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.geometry.poses import relative_pose
+from wallwm_jax.types import Cameras, EventBatch, NormStats, Text
+
+EVENT_CAPTION_ORDER = ('L1', 'L0', 'L2', 'L3', 'human')  # the most specific level that is there
+CHUNK_CAPTION_ORDER = ('L3',)
+
+
+class Draw(NamedTuple):
+  """One planned window: row of the event index, future latents N, raw anchor frame in the
+  episode."""
+
+  event: int
+  bucket: int
+  anchor: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window:
+  """Raw frames of one window.
+
+  frames: int [T], raw frame of each model frame; targets: int [K], raw frame whose command is each
+  step's target; num_frames: valid model frames; num_steps: supervised action steps (4n).
+  """
+
+  frames: np.ndarray
+  targets: np.ndarray
+  num_frames: int
+  num_steps: int
+
+
+def cut_window(
+  first: int, anchor: int, last: int, *, history: int, future: int, rate: int, stride: int
+) -> Window:
+  """The window around `anchor` inside raw frames first..last (inclusive); see the module docstring.
+
+  Args:
+    history, future: latent frames M and N; rate: action steps per latent frame; stride: raw frames
+      per model frame.
+  """
+  available = -(-(last - anchor) // stride)  # L - 1
+  latents = min(future, -(-available // rate))
+  ahead = np.arange(-rate * history, rate * future + 1)
+  return Window(
+    frames=np.clip(anchor + stride * ahead, first, last),
+    # Model step i covers raw steps stride * i .. stride * i + stride - 1; its target is the last
+    # command of those.
+    targets=np.minimum(anchor + stride * np.arange(1, rate * future + 1), last) - 1,
+    num_frames=1 + rate * (history + latents),
+    num_steps=rate * latents,
+  )
+
+
+def pick_caption(captions: dict[str, str], window: str) -> str:
+  """The caption a window is trained with ('' if there is none): window 'event' or 'chunk'."""
+  order = EVENT_CAPTION_ORDER if window == 'event' else CHUNK_CAPTION_ORDER
+  return next((captions[level] for level in order if captions.get(level)), '')
+
+
+class WindowReader:
+  """Reads the window of a Draw out of a store; picklable, stateless.
+
+  Args:
+    store: where the pixels are; config: model.views, model.image_size, data.window, data.stride
+      are used.
+    norm: statistics that actions and state are normalised with.
+    text: features of the distinct captions, [U, X, E]; text_row: int [events], caption of each
+      event.
+  """
+
+  def __init__(
+    self,
+    store: EventStore,
+    config: ExperimentConfig,
+    norm: NormStats,
+    text: Text,
+    text_row: np.ndarray,
+  ):
+    self._store, self._config, self._norm = store, config, norm
+    self._text, self._text_row = text, text_row
+    self._episode, self._start, self._end, self._uid = (
+      store.column(name) for name in ('episode', 'start', 'end', 'uid')
+    )
+
+  def __call__(self, draw: Draw) -> EventBatch:
+    """One EventBatch element (no batch axis)."""
+    norm, row = self._norm, self._text_row[draw.event]
+    window = self.window(draw)
+    state, actions, mask = self.robot(draw)
+    frames, view_mask, pixel_mask, cameras = self.pixels(draw)
+    scaled = (actions - norm.action_mean) / norm.action_scale
+    return EventBatch(
+      frames=frames,
+      num_frames=np.int32(window.num_frames),
+      raw_length=np.int32(self.raw_length(draw)),
+      state=((state - norm.state_mean) / norm.state_scale).astype(np.float32),
+      actions=np.where(mask, scaled, 0).astype(np.float32),
+      action_mask=mask,
+      text=Text(self._text.features[row], self._text.mask[row]),
+      view_mask=view_mask,
+      pixel_mask=pixel_mask,
+      cameras=cameras,
+      uid=self._window_uid(draw),
+    )
+
+  def window(self, draw: Draw) -> Window:
+    model, data = self._config.model, self._config.data
+    if data.window == 'event':
+      first, last, history = self._start[draw.event], self._end[draw.event] - 1, 0
+    else:
+      first, last, history = 0, self._info(draw).num_frames - 1, model.history
+    return cut_window(
+      int(first),
+      draw.anchor,
+      int(last),
+      history=history,
+      future=draw.bucket,
+      rate=model.steps_per_latent,
+      stride=data.stride,
+    )
+
+  def raw_length(self, draw: Draw) -> int:
+    """Raw frames of the whole event, or those from a chunk window's anchor to its end."""
+    if self._config.data.window == 'event':
+      return int(self._end[draw.event] - self._start[draw.event])
+    left = self._info(draw).num_frames - draw.anchor
+    return min(
+      left, 1 + self._config.data.stride * self._config.model.steps_per_latent * draw.bucket
+    )
+
+  def robot(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Physical units: state [A] at the anchor, actions [K, A] relative to it, mask [K, A].
+
+    Zeros and an all-False mask for action-free video, whose state is taken as the training mean.
+    """
+    info, window = self._info(draw), self.window(draw)
+    shape = (len(window.targets), self._config.model.action_spec.dim)
+    if info.state is None:
+      return np.asarray(self._norm.state_mean), np.zeros(shape, np.float32), np.zeros(shape, bool)
+    state = info.state[draw.anchor]
+    if info.actions is None:
+      return state, np.zeros(shape, np.float32), np.zeros(shape, bool)
+    mask = np.broadcast_to(np.arange(shape[0])[:, None] < window.num_steps, shape)
+    actions = relative_pose(state[None], info.actions[window.targets])
+    return state, np.where(mask, actions, 0).astype(np.float32), mask.copy()
+
+  def pixels(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, Cameras]:
+    """frames uint8 [V, T, H, W, 3], view_mask [V], pixel_mask [V, H, W], cameras at the anchor
+    frame."""
+    info, window = self._info(draw), self.window(draw)
+    names, size = self._config.model.views, self._config.model.image_size
+    present = [name for name in names if name in info.views]
+    raw = self._store.frames(int(self._episode[draw.event]), window.frames, present)
+    frames = np.empty((len(names), len(window.frames), *size, 3), np.uint8)
+    pixel_mask = np.zeros((len(names), *size), bool)
+    view_mask = np.array([name in present for name in names])
+    for v, name in enumerate(names):
+      if not view_mask[v]:
+        frames[v] = 0
+        continue
+      frames[v] = images.letterbox(raw[name], size)
+      pixel_mask[v] = images.letterbox_mask(info.sizes[name], size, info.pixel_mask.get(name))
+    return frames, view_mask, pixel_mask, self._cameras(info, draw.anchor)
+
+  def _cameras(self, info: EpisodeInfo, anchor: int) -> Cameras:
+    names, size = self._config.model.views, self._config.model.image_size
+    intrinsics = np.tile(np.eye(3, dtype=np.float32), (len(names), 1, 1))
+    extrinsics = np.tile(np.eye(4, dtype=np.float32), (len(names), 1, 1))
+    valid = np.zeros(len(names), bool)
+    for v, name in enumerate(names):
+      camera = info.calibration.get(name)
+      if camera is not None:
+        intrinsics[v] = images.letterbox_intrinsics(camera.intrinsics, info.sizes[name], size)
+        extrinsics[v] = camera.at(anchor)
+        valid[v] = True
+    return Cameras(intrinsics, extrinsics, valid)
+
+  def _info(self, draw: Draw) -> EpisodeInfo:
+    return self._store.info(int(self._episode[draw.event]))
+
+  def _window_uid(self, draw: Draw) -> np.ndarray:
+    """[2] uint32: the event's id, in chunk windows offset by the anchor's place in the event."""
+    uid = (int(self._uid[draw.event]) + draw.anchor - int(self._start[draw.event])) % 2**64
+    return np.array([uid & 0xFFFFFFFF, uid >> 32], np.uint32)
