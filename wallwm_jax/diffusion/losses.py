@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
+import scipy.fft
 
 
 def masked_mean(values, weight):
@@ -22,13 +21,9 @@ def masked_mse(prediction, target, weight):
   return masked_mean(jnp.square(safe), weight)
 
 
-@functools.lru_cache
 def dct_matrix(size: int) -> np.ndarray:
   """[size, size] float32 orthonormal Type-II DCT; row j is frequency j."""
-  n = np.arange(size)
-  basis = np.cos(np.pi * (n[None, :] + 0.5) * n[:, None] / size) * np.sqrt(2.0 / size)
-  basis[0] /= np.sqrt(2.0)
-  return basis.astype(np.float32)
+  return scipy.fft.dct(np.eye(size), axis=0, norm='ortho').astype(np.float32)
 
 
 def dct_action_loss(prediction, target, mask, t):

@@ -12,10 +12,10 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.fft
 from jaxtyping import Array, Float, UInt8
 
 from wallwm_jax.config import CodecConfig
-from wallwm_jax.diffusion.losses import dct_matrix
 
 # Luma, red-green, and yellow-blue axes; rows orthonormal.
 _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]], np.float64)
@@ -29,7 +29,7 @@ _TIME_COST, _CHROMA_COST = 1.6, 1.5
 def dct_basis(config: CodecConfig) -> np.ndarray:
   """[temporal * spatial * spatial * 3, C] float32 with orthonormal columns, lowest frequency first."""
   t, s = config.temporal, config.spatial
-  time, space = dct_matrix(t).astype(np.float64), dct_matrix(s).astype(np.float64)
+  time, space = (scipy.fft.dct(np.eye(n), axis=0, norm='ortho') for n in (t, s))
   full = np.einsum('at,by,cx,de->abcdtyxe', time, space, space, _OPPONENT)
   full = full.reshape(t * s * s * 3, t * s * s * 3)
   a, b, c, d = np.meshgrid(*map(np.arange, (t, s, s, 3)), indexing='ij')

@@ -1,0 +1,85 @@
+"""Entry point of the attention op."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallwm_jax.kernels.attention import xla
+from wallwm_jax.types import ConfigError
+
+Implementation = Literal['xla']
+
+# Best first. A backend raises NotImplementedError for calls or platforms it does not support.
+_BACKENDS = {'xla': xla.attention}
+
+
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+  """softmax(q k^T / sqrt(hd) + bias) v over the keys that `mask` shows; softmax in float32.
+
+  Args:
+    q: [B, Sq, heads, hd].
+    k, v: [B, Sk, heads, hd], dtype of q.
+    mask: bool, broadcastable to [B, heads, Sq, Sk], True = may attend. A query that may attend to
+      no key gets the output 0 (and zero gradients), never NaN.
+    bias: float, broadcastable like `mask`, added to the logits; -inf hides a key like the mask
+    does.
+    implementation: a backend by name; None picks the best one that supports the call.
+
+  Returns:
+    [B, Sq, heads, hd], dtype of q.
+
+  Raises:
+    ConfigError: shapes or dtypes that do not fit together, or an unknown implementation.
+    NotImplementedError: the named implementation does not support this call.
+  """
+  _check(q, k, v, mask, bias)
+  if implementation is not None:
+    if implementation not in _BACKENDS:
+      raise ConfigError(
+          f'attention implementation: expected None or one of {sorted(_BACKENDS)}, '
+          f'got {implementation!r}.')
+    return _BACKENDS[implementation](q, k, v, mask, bias)
+  for backend in _BACKENDS.values():
+    try:
+      return backend(q, k, v, mask, bias)
+    except NotImplementedError:
+      continue
+  raise NotImplementedError(f'no attention backend supports q {q.shape} {q.dtype}, k {k.shape}.')
+
+
+def _check(q, k, v, mask, bias):
+  ranks = q.ndim == k.ndim == v.ndim == 4
+  if not ranks or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    raise ConfigError(
+        'attention: expected q [B, Sq, heads, hd] and k, v [B, Sk, heads, hd], '
+        f'got q {q.shape}, k {k.shape}, v {v.shape}.')
+  if not q.dtype == k.dtype == v.dtype:
+    raise ConfigError(
+        f'attention: expected q, k, v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}.')
+  logits = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+  for name, x in (('mask', mask), ('bias', bias)):
+    if x is not None and not _broadcasts(x.shape, logits):
+      raise ConfigError(
+          f'attention: {name} of shape {x.shape} does not broadcast to '
+          f'[B, heads, Sq, Sk] = {list(logits)}.')
+  if mask is not None and mask.dtype != jnp.bool_:
+    raise ConfigError(f'attention: mask must be bool (True = may attend), got {mask.dtype}.')
+
+
+def _broadcasts(shape, target) -> bool:
+  try:
+    return np.broadcast_shapes(shape, target) == target
+  except ValueError:
+    return False

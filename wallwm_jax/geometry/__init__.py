@@ -1,0 +1,1 @@
+"""Poses, cameras and what cameras see: pure functions, no I/O, no model code."""
