@@ -42,6 +42,8 @@ def test_one_process_loads_and_puts_the_whole_batch(config):
 
 
 WORKER = """
+import os
+
 import jax, numpy as np
 from wallwm_jax.config import MeshConfig
 from wallwm_jax.parallel import distributed, rules
