@@ -20,7 +20,8 @@ from wallwm_jax.types import DataError, NormStats, StatsMismatchError, Text
 # Smallest scale of a channel: a direction in which the data hardly move is not blown up to unit
 # variance.
 SCALE_FLOOR = {'position': 0.01, 'rotation': 0.1, 'gripper': 0.1}  # m, rot6d entries, 0..1
-LATENT_FLOOR = 0.01  # of the largest latent scale
+# Of the largest latent scale: faint high-frequency channels must not weigh as much as what is seen.
+LATENT_FLOOR = 0.1
 
 EncodeVideo = Callable[[np.ndarray], np.ndarray]  # uint8 [B, V, T, H, W, 3] -> [B, V, F, h, w, C]
 

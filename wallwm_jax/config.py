@@ -1,7 +1,8 @@
 """Config dataclasses with validation, and their two-way bridge to ml_collections.
 
-An experiment file defines `get_config()` returning `to_config_dict(ExperimentConfig(...))`; every field is then
-overridable as `--config.section.field=value`. `from_config_dict` rebuilds the frozen dataclasses, which is where
+An experiment file defines `get_config()` returning `to_config_dict(ExperimentConfig(...))`; every
+field is then overridable as `--config.section.field=value`. `from_config_dict` rebuilds the frozen
+dataclasses, which is where
 all validation happens. Dataclasses are hashable: they are the static arguments of jitted functions.
 """
 
@@ -44,9 +45,9 @@ class ActionSpec:
     """Channel indices by group name: position, rotation, gripper."""
     base = [10 * arm for arm in range(self.arms)]
     return {
-        'position': tuple(b + i for b in base for i in range(3)),
-        'rotation': tuple(b + 3 + i for b in base for i in range(6)),
-        'gripper': tuple(b + 9 for b in base),
+      'position': tuple(b + i for b in base for i in range(3)),
+      'rotation': tuple(b + 3 + i for b in base for i in range(6)),
+      'gripper': tuple(b + 9 for b in base),
     }
 
 
@@ -61,7 +62,9 @@ class CodecConfig:
 
   def __post_init__(self):
     full = self.spatial**2 * self.temporal * 3
-    _require(0 < self.channels <= full, f'model.codec.channels: expected 1..{full}, got {self.channels}.')
+    _require(
+      0 < self.channels <= full, f'model.codec.channels: expected 1..{full}, got {self.channels}.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,12 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig:
-  """Multi-view video DiT (SPEC 2). prediction: what the head regresses, 'v' = eps - z0 or 'x' = z0."""
+  """Multi-view video DiT.
+
+  prediction: what the head regresses, 'v' = eps - z0 or 'x' = z0 (under 'frame' conditioning, its
+  change since the last given frame). conditioning: given frames stand in place ('frame') or are
+  extra channels ('channel').
+  """
 
   width: int = 128
   layers: int = 4
@@ -89,11 +97,15 @@ class VideoConfig:
   rope_theta: float = 10_000.0
 
   def __post_init__(self):
-    _require(self.width % self.heads == 0,
-             f'model.video: width {self.width} is not a multiple of heads {self.heads}.')
+    _require(
+      self.width % self.heads == 0,
+      f'model.video: width {self.width} is not a multiple of heads {self.heads}.',
+    )
     head_dim = self.width // self.heads
-    _require(head_dim % 2 == 0 and head_dim >= 8,
-             f'model.video: head width must be even and >= 8 for 3D RoPE, got {head_dim}.')
+    _require(
+      head_dim % 2 == 0 and head_dim >= 8,
+      f'model.video: head width must be even and >= 8 for 3D RoPE, got {head_dim}.',
+    )
     _require(self.patch[0] == 1, f'model.video.patch: temporal patch must be 1, got {self.patch}.')
 
   @property
@@ -103,7 +115,7 @@ class VideoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ActionConfig:
-  """Action DiT (SPEC 3). Depth equals the video tower's. depth_map: video layer read by each action block;
+  """Action DiT. Depth equals the video tower's. depth_map: video layer read by each action block;
   () is the identity."""
 
   width: int = 128
@@ -114,8 +126,10 @@ class ActionConfig:
   depth_map: tuple[int, ...] = ()
 
   def __post_init__(self):
-    _require(self.width % self.heads == 0,
-             f'model.action: width {self.width} is not a multiple of heads {self.heads}.')
+    _require(
+      self.width % self.heads == 0,
+      f'model.action: width {self.width} is not a multiple of heads {self.heads}.',
+    )
 
   @property
   def head_dim(self) -> int:
@@ -137,22 +151,37 @@ class ModelConfig:
   history: int = 1  # M, history latent frames of the chunk window
   future: int = 4  # N, future latent frames of the chunk window (unified mode)
   max_future: int = 16  # longest event in future latent frames (size of the tau tables)
-  dtype: Literal['float32', 'bfloat16'] = 'float32'  # compute dtype; params, norms, softmax and losses are float32
+  dtype: Literal['float32', 'bfloat16'] = (
+    'float32'  # compute dtype; params, norms, softmax and losses are float32
+  )
   remat: Literal['none', 'full', 'dots'] = 'none'
 
   def __post_init__(self):
     for axis, size, patch in zip('HW', self.image_size, self.video.patch[1:]):
       block = self.codec.spatial * patch
-      _require(size % block == 0,
-               f'model.image_size: {axis}={size} is not a multiple of codec.spatial * patch = {block}.')
-    _require(self.codec.temporal == self.steps_per_latent,
-             f'model.steps_per_latent={self.steps_per_latent} must equal codec.temporal={self.codec.temporal}.')
-    _require(len(set(self.views)) == len(self.views) > 0, f'model.views: expected distinct names, got {self.views}.')
+      _require(
+        size % block == 0,
+        f'model.image_size: {axis}={size} is not a multiple of codec.spatial * patch = {block}.',
+      )
+    _require(
+      self.codec.temporal == self.steps_per_latent,
+      f'model.steps_per_latent={self.steps_per_latent} must equal '
+      f'codec.temporal={self.codec.temporal}.',
+    )
+    _require(
+      len(set(self.views)) == len(self.views) > 0,
+      f'model.views: expected distinct names, got {self.views}.',
+    )
     depth = self.action.depth_map
-    _require(not depth or (len(depth) == self.video.layers and all(0 <= i < self.video.layers for i in depth)),
-             f'model.action.depth_map: expected {self.video.layers} video layer indices, got {depth}.')
-    _require(self.future <= self.max_future,
-             f'model.future={self.future} is larger than model.max_future={self.max_future}.')
+    _require(
+      not depth
+      or (len(depth) == self.video.layers and all(0 <= i < self.video.layers for i in depth)),
+      f'model.action.depth_map: expected {self.video.layers} video layer indices, got {depth}.',
+    )
+    _require(
+      self.future <= self.max_future,
+      f'model.future={self.future} is larger than model.max_future={self.max_future}.',
+    )
 
   @property
   def latent_size(self) -> tuple[int, int]:
@@ -167,7 +196,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-  """Flow matching, the anchor protocol and the loss weights (SPEC 2, 3, 5)."""
+  """Flow matching, the anchor protocol and the loss weights."""
 
   num_steps: int = 50
   anchor_step: int = 45  # s*, position in the num_steps schedule where the video tower is read
@@ -178,7 +207,12 @@ class DiffusionConfig:
   action_draws: int = 6  # K independent action noise levels per video forward
   weighting: Literal['uniform', 'sigma'] = 'uniform'  # w(t)
   dct_weight: float = 0.0  # w_DCT
-  caption_drop: tuple[float, float, int, int] = (0.1, 0.9, 129, 220)  # rho_min, rho_max, L_min, L_max
+  caption_drop: tuple[float, float, int, int] = (
+    0.1,
+    0.9,
+    129,
+    220,
+  )  # rho_min, rho_max, L_min, L_max
   tube_prob: float = 0.0
   tube_cond_prob: float = 0.0
   tube_size: tuple[int, int] = (1, 3)  # l_min, l_max in patches
@@ -188,13 +222,23 @@ class DiffusionConfig:
   cone_depth: tuple[float, float] = (0.05, 2.0)  # d_min, d_max m
 
   def __post_init__(self):
-    _require(0 <= self.anchor_step < self.num_steps,
-             f'diffusion.anchor_step: expected 0..{self.num_steps - 1}, got {self.anchor_step}.')
-    _require(self.action_draws >= 1, f'diffusion.action_draws: expected >= 1, got {self.action_draws}.')
-    _require(0 < self.cone_depth[0] < self.cone_depth[1], f'diffusion.cone_depth: empty band {self.cone_depth}.')
+    _require(
+      0 <= self.anchor_step < self.num_steps,
+      f'diffusion.anchor_step: expected 0..{self.num_steps - 1}, got {self.anchor_step}.',
+    )
+    _require(
+      self.action_draws >= 1, f'diffusion.action_draws: expected >= 1, got {self.action_draws}.'
+    )
+    _require(
+      0 < self.cone_depth[0] < self.cone_depth[1],
+      f'diffusion.cone_depth: empty band {self.cone_depth}.',
+    )
     low, high, start, end = self.caption_drop
-    _require(0 <= low <= high <= 1 and start < end,
-             f'diffusion.caption_drop: expected (rho_min <= rho_max in 0..1, L_min < L_max), got {self.caption_drop}.')
+    _require(
+      0 <= low <= high <= 1 and start < end,
+      'diffusion.caption_drop: expected (rho_min <= rho_max in 0..1, L_min < L_max), got '
+      f'{self.caption_drop}.',
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +259,12 @@ class DataConfig:
 
   def __post_init__(self):
     _require(self.batch_size >= 1, f'data.batch_size: expected >= 1, got {self.batch_size}.')
-    _require(bool(self.buckets) and list(self.buckets) == sorted(set(self.buckets)) and self.buckets[0] >= 1,
-             f'data.buckets: expected ascending positive latent-frame counts, got {self.buckets}.')
+    _require(
+      bool(self.buckets)
+      and list(self.buckets) == sorted(set(self.buckets))
+      and self.buckets[0] >= 1,
+      f'data.buckets: expected ascending positive latent-frame counts, got {self.buckets}.',
+    )
     _require(0 <= self.balance <= 1, f'data.balance: expected 0..1, got {self.balance}.')
 
 
@@ -254,20 +302,21 @@ class MeshConfig:
   context: int = 1
   tensor: int = 1
   rules: tuple[tuple[str, tuple[str, ...]], ...] = (
-      ('batch', ('replica', 'fsdp')),
-      ('patch', ('context',)),
-      ('heads', ('tensor',)),
-      ('mlp', ('tensor',)),
-      ('embed', ('fsdp',)),
+    ('batch', ('replica', 'fsdp')),
+    ('patch', ('context',)),
+    ('heads', ('tensor',)),
+    ('mlp', ('tensor',)),
+    ('embed', ('fsdp',)),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """One training stage of the table in SPEC 5.
+  """One training stage.
 
-  stage: 1 video, 2 action (video frozen), 5 both towers on chunk windows, 'joint' both towers on event windows
-  (the small joint fit). init_from: a workdir or checkpoint whose params start this run ('' = random).
+  stage: 1 video, 2 action (video frozen), 5 both towers on chunk windows, 'joint' both towers on
+  event windows (the small joint fit). init_from: a workdir or checkpoint whose params start this
+  run ('' = random).
   """
 
   stage: Literal['1', '2', '5', 'joint'] = '1'
@@ -288,14 +337,18 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-  """Solver steps of a rollout. video_steps Euler steps run from pure noise to the anchor noise level."""
+  """Solver steps of a rollout. video_steps Euler steps run from pure noise to the anchor noise
+  level.
+  """
 
   video_steps: int = 8
   action_steps: int = 6
   guidance: float = 1.0  # classifier-free guidance on the video tower; 1 = off
 
   def __post_init__(self):
-    _require(self.action_steps >= 1, f'inference.action_steps: expected >= 1, got {self.action_steps}.')
+    _require(
+      self.action_steps >= 1, f'inference.action_steps: expected >= 1, got {self.action_steps}.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,12 +365,11 @@ class ExperimentConfig:
   inference: InferenceConfig = InferenceConfig()
 
   def __post_init__(self):
-    _require(max(self.data.buckets) <= self.model.max_future,
-             f'data.buckets: longest bucket {max(self.data.buckets)} exceeds model.max_future={self.model.max_future}.')
-    expected = 'chunk' if self.train.stage == '5' else 'event'
-    if self.train.stage in ('2', '5'):
-      _require(self.data.window == expected or self.train.stage == '2',
-               f"data.window: stage {self.train.stage} needs '{expected}', got '{self.data.window}'.")
+    _require(
+      max(self.data.buckets) <= self.model.max_future,
+      f'data.buckets: longest bucket {max(self.data.buckets)} exceeds '
+      f'model.max_future={self.model.max_future}.',
+    )
 
   def window_frames(self, bucket: int) -> tuple[int, int]:
     """(T raw frames, K action steps) of one window with `bucket` future latent frames."""
@@ -335,21 +387,25 @@ class ExperimentConfig:
     s = jax.ShapeDtypeStruct
     f32, i32 = np.dtype('float32'), np.dtype('int32')
     return EventBatch(
-        frames=s((b, v, frames, height, width, 3), np.dtype('uint8')),
-        num_frames=s((b,), i32),
-        raw_length=s((b,), i32),
-        state=s((b, a), f32),
-        actions=s((b, steps, a), f32),
-        action_mask=s((b, steps, a), np.dtype(bool)),
-        text=Text(features=s((b, x, e), f32), mask=s((b, x), np.dtype(bool))),
-        view_mask=s((b, v), np.dtype(bool)),
-        pixel_mask=s((b, v, height, width), np.dtype(bool)),
-        cameras=Cameras(s((b, v, 3, 3), f32), s((b, v, 4, 4), f32), s((b, v), np.dtype(bool))),
-        uid=s((b, 2), np.dtype('uint32')),
+      frames=s((b, v, frames, height, width, 3), np.dtype('uint8')),
+      num_frames=s((b,), i32),
+      raw_length=s((b,), i32),
+      state=s((b, a), f32),
+      actions=s((b, steps, a), f32),
+      action_mask=s((b, steps, a), np.dtype(bool)),
+      text=Text(features=s((b, x, e), f32), mask=s((b, x), np.dtype(bool))),
+      view_mask=s((b, v), np.dtype(bool)),
+      pixel_mask=s((b, v, height, width), np.dtype(bool)),
+      cameras=Cameras(s((b, v, 3, 3), f32), s((b, v, 4, 4), f32), s((b, v), np.dtype(bool))),
+      uid=s((b, 2), np.dtype('uint32')),
     )
 
-  def fake_batch(self, bucket: int | None = None, batch_size: int | None = None, seed: int = 0) -> EventBatch:
-    """A random but valid EventBatch (NumPy) of `inputs_spec`: full length, all views, cameras on a ring."""
+  def fake_batch(
+    self, bucket: int | None = None, batch_size: int | None = None, seed: int = 0
+  ) -> EventBatch:
+    """A random but valid EventBatch (NumPy) of `inputs_spec`: full length, all views, cameras on a
+    ring.
+    """
     rng = np.random.default_rng(seed)
 
     def fill(spec):
@@ -364,11 +420,15 @@ class ExperimentConfig:
     batch = jax.tree.map(fill, self.inputs_spec(bucket, batch_size))
     b, frames = batch.num_frames.shape[0], batch.frames.shape[2]
     length = np.full((b,), frames, np.int32)
-    return dataclasses.replace(batch, num_frames=length, raw_length=length, cameras=self._fake_cameras(b))
+    return dataclasses.replace(
+      batch, num_frames=length, raw_length=length, cameras=self._fake_cameras(b)
+    )
 
   def _fake_cameras(self, b: int) -> Cameras:
     v, (height, width) = len(self.model.views), self.model.image_size
-    intrinsics = np.tile(np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]], np.float32), (b, v, 1, 1))
+    intrinsics = np.tile(
+      np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]], np.float32), (b, v, 1, 1)
+    )
     extrinsics = np.tile(np.eye(4, dtype=np.float32), (b, v, 1, 1))
     for i in range(v):
       angle = 2 * np.pi * i / v
@@ -389,7 +449,8 @@ def from_config_dict(config: ml_collections.ConfigDict) -> ExperimentConfig:
   """The validated dataclass tree of a ConfigDict.
 
   Raises:
-    ConfigError: unknown field (with the nearest name), wrong type or an illegal value, naming the field.
+    ConfigError: unknown field (with the nearest name), wrong type or an illegal value, naming the
+      field.
   """
   return _build(ExperimentConfig, config.to_dict(), 'config')
 
@@ -401,13 +462,17 @@ def _build(cls, values: dict[str, Any], path: str):
     if key not in names:
       raise ConfigError(f'{path}.{key}: unknown field.{nearest(key, names)}')
   try:
-    return cls(**{key: _coerce(hints[key], value, f'{path}.{key}') for key, value in values.items()})
+    return cls(
+      **{key: _coerce(hints[key], value, f'{path}.{key}') for key, value in values.items()}
+    )
   except ConfigError as error:
     raise error if str(error).startswith('config') else ConfigError(f'config: {error}') from None
 
 
 def _coerce(hint, value, path: str):
-  """`value` as the annotated type; ints widen to floats and lists to tuples, nothing else is converted."""
+  """`value` as the annotated type; ints widen to floats and lists to tuples, nothing else is
+  converted.
+  """
   origin = typing.get_origin(hint)
   if dataclasses.is_dataclass(hint):
     return _build(hint, dict(value), path)

@@ -5,18 +5,19 @@ Axis letters used in every docstring of the project:
   B  batch (events)             V  camera views               T  raw video frames
   F  latent frames, F = 1 + N   N  future latent frames       H W  pixel rows, columns
   h w  latent rows, columns     C  latent channels            P  patches (tokens) of one view-frame
-  D  model width                L  layers                     R  action noise draws over one video forward
-  K  action steps, K = K_p * N  A  action (and state) width   X  text tokens
+  D  model width                L  layers                     R  action noise draws over one video
+  forward K  action steps, K = K_p * N  A  action (and state) width   X  text tokens
   E  text feature width         S  tokens of a sequence       J  key/value tokens, J = V * F * P
 
-Units: positions m, rotations as the first two columns of the rotation matrix (6D), gripper 0 (closed)
-to 1 (open), times in frames unless a name says `_s`.
+Units: positions m, rotations as the first two columns of the rotation matrix (6D), gripper 0
+(closed) to 1 (open), times in frames unless a name says `_s`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -60,21 +61,23 @@ def pytree_dataclass(cls):
 class Cameras:
   """Pinhole calibration per view, world frame.
 
-  intrinsics: [B, V, 3, 3] px, for the stored image size; extrinsics: [B, V, 4, 4] camera-to-world, m,
-  OpenCV axes (x right, y down, z forward); valid: [B, V], False where a view has no calibration.
+  intrinsics: [B, V, 3, 3] px, for the stored image size; extrinsics: [B, V, 4, 4] camera-to-world,
+  m, OpenCV axes (x right, y down, z forward); valid: [B, V], False where a view has no calibration.
   """
 
-  intrinsics: Float[Array, "B V 3 3"]
-  extrinsics: Float[Array, "B V 4 4"]
-  valid: Bool[Array, "B V"]
+  intrinsics: Float[Array, 'B V 3 3']
+  extrinsics: Float[Array, 'B V 4 4']
+  valid: Bool[Array, 'B V']
 
 
 @pytree_dataclass
 class Text:
-  """Frozen text-encoder features of one caption: features [B, X, E], mask [B, X] (True = real token)."""
+  """Frozen text-encoder features of one caption: features [B, X, E], mask [B, X] (True = real
+  token).
+  """
 
-  features: Float[Array, "B X E"]
-  mask: Bool[Array, "B X"]
+  features: Float[Array, 'B X E']
+  mask: Bool[Array, 'B X']
 
 
 @pytree_dataclass
@@ -86,9 +89,9 @@ class Observation:
   view_mask: [B, V], False where a camera is absent (its tokens are never attended to).
   """
 
-  frames: UInt8[Array, "B V T H W 3"]
-  state: Float[Array, "B A"]
-  view_mask: Bool[Array, "B V"]
+  frames: UInt8[Array, 'B V T H W 3']
+  state: Float[Array, 'B A']
+  view_mask: Bool[Array, 'B V']
 
 
 @pytree_dataclass
@@ -99,30 +102,34 @@ class EventBatch:
   num_frames: [B] valid raw frames, 1 + 4n <= T; later frames are padding.
   raw_length: [B] frames of the event before truncation to the window (drives caption drop).
   state: [B, A] normalised state at the anchor frame.
-  actions: [B, K, A] normalised, relative to the anchor pose; action_mask: [B, K, A] True = supervised.
-  text: features of the caption; view_mask: [B, V]; pixel_mask: [B, V, H, W], False on synthetic borders.
+  actions: [B, K, A] normalised, relative to the anchor pose; action_mask: [B, K, A] True =
+  supervised.
+  text: features of the caption; view_mask: [B, V]; pixel_mask: [B, V, H, W], False on synthetic
+  borders.
   cameras: calibration (valid = False where unknown); uid: [B, 2] uint32 halves of the event's id.
   """
 
-  frames: UInt8[Array, "B V T H W 3"]
-  num_frames: Int[Array, "B"]
-  raw_length: Int[Array, "B"]
-  state: Float[Array, "B A"]
-  actions: Float[Array, "B K A"]
-  action_mask: Bool[Array, "B K A"]
+  frames: UInt8[Array, 'B V T H W 3']
+  num_frames: Int[Array, 'B']
+  raw_length: Int[Array, 'B']
+  state: Float[Array, 'B A']
+  actions: Float[Array, 'B K A']
+  action_mask: Bool[Array, 'B K A']
   text: Text
-  view_mask: Bool[Array, "B V"]
-  pixel_mask: Bool[Array, "B V H W"]
+  view_mask: Bool[Array, 'B V']
+  pixel_mask: Bool[Array, 'B V H W']
   cameras: Cameras
-  uid: Int[Array, "B 2"]
+  uid: Int[Array, 'B 2']
 
 
 @pytree_dataclass
 class ActionChunk:
-  """What a policy answers: actions [B, K, A] in physical units relative to the anchor pose, mask [B, K]."""
+  """What a policy answers: actions [B, K, A] in physical units relative to the anchor pose, mask
+  [B, K].
+  """
 
-  actions: Float[Array, "B K A"]
-  mask: Bool[Array, "B K"]
+  actions: Float[Array, 'B K A']
+  mask: Bool[Array, 'B K']
 
 
 @pytree_dataclass
@@ -132,12 +139,12 @@ class NormStats:
   action_*: [A] relative actions; state_*: [A] absolute state; latent_*: [C] codec latents.
   """
 
-  action_mean: Float[Array, "A"]
-  action_scale: Float[Array, "A"]
-  state_mean: Float[Array, "A"]
-  state_scale: Float[Array, "A"]
-  latent_mean: Float[Array, "C"]
-  latent_scale: Float[Array, "C"]
+  action_mean: Float[Array, 'A']
+  action_scale: Float[Array, 'A']
+  state_mean: Float[Array, 'A']
+  state_scale: Float[Array, 'A']
+  latent_mean: Float[Array, 'C']
+  latent_scale: Float[Array, 'C']
 
 
 @pytree_dataclass
@@ -151,11 +158,11 @@ class InferenceParams:
 class EnvFns(NamedTuple):
   """A pure-functional environment, unbatched; every field is jit- and vmap-able.
 
-  reset(key, task) -> state; observe(state) -> Observation without the batch axis (frames [V, 1, H, W, 3]);
-  step(state, target [A] absolute pose + gripper) -> state; execute(state, actions [K, A] relative to the
-  pose at call time, mask [K]) -> (state, frames [V, K, H, W, 3], poses [K, A]);
-  caption(state) -> int32 id of the next scripted event; task_caption(state) -> int32 id of the instruction;
-  progress(state) -> float 0..100; success(state) -> bool.
+  reset(key, task) -> state; observe(state) -> Observation without the batch axis (frames [V, 1, H,
+  W, 3]); step(state, target [A] absolute pose + gripper) -> state; execute(state, actions [K, A]
+  relative to the pose at call time, mask [K]) -> (state, frames [V, K, H, W, 3], poses [K, A]);
+  caption(state) -> int32 id of the next scripted event; task_caption(state) -> int32 id of the
+  instruction; progress(state) -> float 0..100; success(state) -> bool.
   """
 
   reset: Callable[..., Any]

@@ -35,7 +35,9 @@ def test_solver_grid_ends_at_the_anchor(steps, anchor):
 
 def test_solver_grid_without_steps_is_the_anchor_alone():
   config = DiffusionConfig(anchor_step=10)
-  np.testing.assert_allclose(schedules.sigmas_to_anchor(config, 0), [schedules.anchor_sigma(config)])
+  np.testing.assert_allclose(
+    schedules.sigmas_to_anchor(config, 0), [schedules.anchor_sigma(config)]
+  )
 
 
 def test_training_levels_stay_in_range_and_follow_the_shift():
@@ -46,7 +48,9 @@ def test_training_levels_stay_in_range_and_follow_the_shift():
 
 
 def test_caption_drop_ramp():
-  rate = schedules.caption_drop_rate(jnp.array([1, 129, 150, 175, 200, 220, 999]), (0.1, 0.9, 129, 220))
+  rate = schedules.caption_drop_rate(
+    jnp.array([1, 129, 150, 175, 200, 220, 999]), (0.1, 0.9, 129, 220)
+  )
   np.testing.assert_allclose(rate, [0.1, 0.1, 0.20, 0.51, 0.81, 0.9, 0.9], atol=0.006)
 
 
@@ -63,7 +67,9 @@ def test_conversions_recover_truth(prediction):
 
 def test_dct_matrix_is_scipys():
   x = np.random.default_rng(0).standard_normal((16, 3))
-  np.testing.assert_allclose(losses.dct_matrix(16) @ x, scipy.fft.dct(x, axis=0, norm='ortho'), atol=1e-5)
+  np.testing.assert_allclose(
+    losses.dct_matrix(16) @ x, scipy.fft.dct(x, axis=0, norm='ortho'), atol=1e-5
+  )
 
 
 def test_dct_loss_closed_form():

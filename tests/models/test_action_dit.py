@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from test_video_dit import TINY, _full_masks, _inputs, _random_params
+
 from wallwm_jax.models import functional as F
 
 
@@ -20,7 +20,9 @@ def _setup(draws=3, steps=8, seed=0):
 
 
 def _cache(params, features, masks=None, window='event'):
-  return F.prefill_actions(params, TINY, features, F.window_tau(TINY, window, 3), masks or _full_masks())
+  return F.prefill_actions(
+    params, TINY, features, F.window_tau(TINY, window, 3), masks or _full_masks()
+  )
 
 
 def test_draws_share_a_cache_and_do_not_see_each_other():
@@ -28,8 +30,8 @@ def test_draws_share_a_cache_and_do_not_see_each_other():
   cache = _cache(params, features)
   together = F.action_forward(params, TINY, a, t, state, cache, mask)
   for r in range(3):
-    alone = F.action_forward(params, TINY, a[:, r:r + 1], t[:, r:r + 1], state, cache, mask)
-    np.testing.assert_allclose(together[:, r:r + 1], alone, atol=2e-5)
+    alone = F.action_forward(params, TINY, a[:, r : r + 1], t[:, r : r + 1], state, cache, mask)
+    np.testing.assert_allclose(together[:, r : r + 1], alone, atol=2e-5)
 
 
 def test_masked_steps_views_and_frames_are_not_read():
@@ -52,7 +54,9 @@ def test_state_and_every_paired_layer_are_read():
   params, features, a, t, state, mask = _setup()
 
   def objective(state, features):
-    return jnp.sum(jnp.square(F.action_forward(params, TINY, a, t, state, _cache(params, features), mask)))
+    return jnp.sum(
+      jnp.square(F.action_forward(params, TINY, a, t, state, _cache(params, features), mask))
+    )
 
   ds, dh = jax.grad(objective, argnums=(0, 1))(state, features)
   assert np.abs(ds).min() > 0
@@ -72,7 +76,9 @@ def test_windows_number_their_frames_as_specified():
   np.testing.assert_array_equal(F.window_tau(TINY, 'event', 3), [0, 1, 2])
   np.testing.assert_array_equal(F.window_tau(TINY, 'chunk', 4), [-1, 0, 1, 2])
   params, features, *_ = _setup()
-  assert np.abs(_cache(params, features).k - _cache(params, features, window='chunk').k).max() > 1e-3
+  assert (
+    np.abs(_cache(params, features).k - _cache(params, features, window='chunk').k).max() > 1e-3
+  )
 
 
 def test_video_does_not_depend_on_the_action_tower():
@@ -90,7 +96,10 @@ def test_init_is_a_plain_dict_and_traceable():
   live = F.init_params(TINY, jax.random.key(0))
   shapes = jax.eval_shape(lambda key: F.init_params(TINY, key), jax.random.key(0))
   assert jax.tree.structure(live) == jax.tree.structure(shapes)
-  assert all(type(leaf).__module__.startswith('jax') and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(live))
+  assert all(
+    type(leaf).__module__.startswith('jax') and leaf.dtype == jnp.float32
+    for leaf in jax.tree.leaves(live)
+  )
   first, second = live['video']['blocks']['self_attn']['q']['kernel']
   assert np.abs(first - second).max() > 0, 'layers must not share their initialisation'
 

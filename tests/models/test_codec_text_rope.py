@@ -16,7 +16,9 @@ def _frames(shape, seed=0):
   return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-@given(future=st.integers(0, 3), rows=st.integers(1, 2), cols=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+  future=st.integers(0, 3), rows=st.integers(1, 2), cols=st.integers(1, 3), seed=st.integers(0, 99)
+)
 @settings(max_examples=10, deadline=None)
 def test_all_coefficients_invert_exactly(future, rows, cols, seed):
   config = CodecConfig(spatial=4, channels=4 * 4 * 4 * 3)
@@ -66,8 +68,10 @@ def test_too_many_channels_are_refused():
 def test_text_encoder_is_deterministic_and_word_wise():
   encoder = make_text_encoder(TextConfig(tokens=6, width=32))
   a, b = encoder.encode(['Reach the red cube', '']), encoder.encode(['reach the blue cube'])
-  np.testing.assert_array_equal(a.features, make_text_encoder(TextConfig(tokens=6, width=32)).encode(
-      ['Reach the red cube', '']).features)
+  np.testing.assert_array_equal(
+    a.features,
+    make_text_encoder(TextConfig(tokens=6, width=32)).encode(['Reach the red cube', '']).features,
+  )
   np.testing.assert_array_equal(a.mask, [[True] * 4 + [False] * 2, [False] * 6])
   np.testing.assert_array_equal(a.features[0, [0, 1, 3]], b.features[0, [0, 1, 3]])
   assert np.abs(a.features[0, 2] - b.features[0, 2]).max() > 1
@@ -78,10 +82,15 @@ def test_rotation_preserves_norms_and_depends_on_relative_position():
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16))
   angles = rope.axis_angles(np.arange(3.0), 8, 100.0).astype(np.float32)
   rotated = rope.apply_rope(x, rope.Rotation.of(angles))
-  np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+  np.testing.assert_allclose(
+    jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
+  )
   q, k = x[:, :1], x[:, 1:2]
-  score = lambda shift: jnp.sum(rope.apply_rope(q, rope.Rotation.of(angles[:1] + angles[shift]))
-                                * rope.apply_rope(k, rope.Rotation.of(angles[1:2] + angles[shift])))
+
+  def score(shift):
+    at_q, at_k = (rope.Rotation.of(angles[i : i + 1] + angles[shift]) for i in (0, 1))
+    return jnp.sum(rope.apply_rope(q, at_q) * rope.apply_rope(k, at_k))
+
   np.testing.assert_allclose(score(0), score(2), rtol=1e-4)
 
 

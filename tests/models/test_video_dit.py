@@ -1,4 +1,6 @@
-"""The video tower: against float64, zero graft at initialisation, and what masks keep out (by gradients)."""
+"""The video tower: against float64, zero graft at initialisation, and what masks keep out (by
+gradients).
+"""
 
 import dataclasses
 
@@ -6,16 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference
+
 from wallwm_jax import config as cfg
 from wallwm_jax.models import functional as F
 from wallwm_jax.types import Text
 
 TINY = cfg.ModelConfig(
-    video=cfg.VideoConfig(width=24, layers=2, heads=2, ffn=32, freq_dim=16),
-    action=cfg.ActionConfig(width=16, heads=2, ffn=24, freq_dim=16), codec=cfg.CodecConfig(channels=6),
-    text=cfg.TextConfig(tokens=5, width=12), views=('a', 'b', 'c'), image_size=(16, 32), future=2, max_future=4)
+  video=cfg.VideoConfig(width=24, layers=2, heads=2, ffn=32, freq_dim=16),
+  action=cfg.ActionConfig(width=16, heads=2, ffn=24, freq_dim=16),
+  codec=cfg.CodecConfig(channels=6),
+  text=cfg.TextConfig(tokens=5, width=12),
+  views=('a', 'b', 'c'),
+  image_size=(16, 32),
+  future=2,
+  max_future=4,
+)
 
 
 def _random_params(config, seed=0, scale=0.3):
@@ -50,8 +58,14 @@ def test_forward_matches_float64_reference(with_sight):
   out, features = F.video_forward(params['video'], TINY, z, t, text, _full_masks(sight=sight))
   assert features.shape == (2, 2, 3, 3, TINY.patches, 24)
   for b in range(2):
-    expected = reference.video_tower(params['video'], TINY, z[b].astype(np.float64), t[b].astype(np.float64),
-                                     text.features[b].astype(np.float64), None if sight is None else sight[b])
+    expected = reference.video_tower(
+      params['video'],
+      TINY,
+      z[b].astype(np.float64),
+      t[b].astype(np.float64),
+      text.features[b].astype(np.float64),
+      None if sight is None else sight[b],
+    )
     np.testing.assert_allclose(out[b], expected, atol=2e-4 * np.abs(expected).max())
 
 
@@ -60,13 +74,17 @@ def test_cross_view_branch_is_exactly_zero_at_initialisation():
   params = F.init_params(TINY, jax.random.key(0))['video']
   params['head']['kernel'] = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
   without = {k: v for k, v in params.items() if k not in ('view_gate', 'view_embed')}
-  without['blocks'] = {k: v for k, v in params['blocks'].items() if k not in ('cross_view', 'view_gate')}
+  without['blocks'] = {
+    k: v for k, v in params['blocks'].items() if k not in ('cross_view', 'view_gate')
+  }
   z, t, text = _inputs(TINY)
   with_branch, _ = F.video_forward(params, TINY, z, t, text, _full_masks())
   single, _ = F.video_forward(without, alone, z, t, text, _full_masks())
   np.testing.assert_array_equal(with_branch, single)
   assert np.abs(with_branch).max() > 0
-  np.testing.assert_array_equal(params['blocks']['cross_view']['q']['kernel'], params['blocks']['self_attn']['q']['kernel'])
+  np.testing.assert_array_equal(
+    params['blocks']['cross_view']['q']['kernel'], params['blocks']['self_attn']['q']['kernel']
+  )
 
 
 def _sensitivity(read, masks, params=None, text=None, config=TINY):
@@ -123,8 +141,13 @@ def test_remat_changes_nothing(remat):
   def loss(p, c):
     return jnp.mean(jnp.square(F.video_forward(p, c, z, t, text, _full_masks())[0]))
 
-  plain, saved = jax.jit(jax.grad(loss), static_argnums=1), jax.jit(jax.grad(loss), static_argnums=1)
-  for a, b in zip(jax.tree.leaves(plain(params['video'], TINY)), jax.tree.leaves(saved(params['video'], config))):
+  plain, saved = (
+    jax.jit(jax.grad(loss), static_argnums=1),
+    jax.jit(jax.grad(loss), static_argnums=1),
+  )
+  for a, b in zip(
+    jax.tree.leaves(plain(params['video'], TINY)), jax.tree.leaves(saved(params['video'], config))
+  ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -143,5 +166,21 @@ def test_conditioning_conventions():
   np.testing.assert_array_equal(x[:, :, 0, ..., 6:12], known[:, :, 0])
   assert not np.any(x[:, :, 1:, ..., 6:]) and np.all(x[:, :, 0, ..., 12] == 1)
   np.testing.assert_allclose(levels, [[0.3] * 3, [0.8] * 3])
-  out, _ = F.video_forward(_random_params(channel)['video'], channel, x, levels, _inputs(channel)[2], _full_masks())
+  out, _ = F.video_forward(
+    _random_params(channel)['video'], channel, x, levels, _inputs(channel)[2], _full_masks()
+  )
   assert out.shape == z.shape
+
+
+def test_untrained_x_prediction_repeats_the_last_given_frame():
+  config = dataclasses.replace(TINY, video=dataclasses.replace(TINY.video, prediction='x'))
+  z, _, text = _inputs(config)
+  params = F.init_params(config, jax.random.key(0))['video']
+  for given in (1, 2):
+    x, levels = F.condition_video(config, z, jnp.array([0.3, 0.8]), z + 1, np.arange(3) < given)
+    out, _ = F.video_forward(params, config, x, levels, text, _full_masks())
+    expected = np.broadcast_to((z + 1)[:, :, given - 1 : given], z.shape)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+  nothing_given = jnp.full((2, 3), 0.5)
+  out, _ = F.video_forward(params, config, z, nothing_given, text, _full_masks())
+  np.testing.assert_array_equal(out, 0)

@@ -1,7 +1,9 @@
-"""Rectified-flow noising and the conversions between what a network predicts and what a solver needs.
+"""Rectified-flow noising and the conversions between what a network predicts and what a solver
+needs.
 
-x_t = (1 - t) x_0 + t eps; velocity v = eps - x_0. A network predicts either v or x_0; both are trained through the
-same velocity loss or, for x-prediction, directly on x_0. Source: WALL-WM (arXiv 2606.01955), SPEC 2 and 3.
+x_t = (1 - t) x_0 + t eps; velocity v = eps - x_0. A network predicts either v or x_0; both are
+trained through the same velocity loss or, for x-prediction, directly on x_0. Source: WALL-WM (arXiv
+2606.01955), SPEC 2 and 3.
 """
 
 from __future__ import annotations

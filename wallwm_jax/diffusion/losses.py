@@ -8,7 +8,9 @@ import scipy.fft
 
 
 def masked_mean(values, weight):
-  """sum(values * weight) / sum(weight) over all axes, 0 where nothing is weighted; weight broadcasts."""
+  """sum(values * weight) / sum(weight) over all axes, 0 where nothing is weighted; weight
+  broadcasts.
+  """
   weight = jnp.broadcast_to(weight, values.shape).astype(jnp.float32)
   # `where` rather than a product: a masked NaN or inf must not reach the sum or its gradient.
   total = jnp.sum(jnp.where(weight > 0, values.astype(jnp.float32), 0.0) * weight)
@@ -27,7 +29,8 @@ def dct_matrix(size: int) -> np.ndarray:
 
 
 def dct_action_loss(prediction, target, mask, t):
-  """(1 - t)^2 * sum_j exp(-j / (K/4)) ||DCT(prediction)_j - DCT(target)_j||^2, mean over draws and channels.
+  """(1 - t)^2 * sum_j exp(-j / (K/4)) ||DCT(prediction)_j - DCT(target)_j||^2, mean over draws and
+  channels.
 
   Args:
     prediction, target: x_0 estimate and truth, [B, R, K, A] and broadcastable.

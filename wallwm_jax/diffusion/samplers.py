@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 
 def euler(velocity: Callable, x, sigmas):
-  """x integrated along dx/dsigma = velocity(x, sigma) through `sigmas` [S + 1] (descending), S Euler steps.
+  """x integrated along dx/dsigma = velocity(x, sigma) through `sigmas` [S + 1] (descending), S
+  Euler steps.
 
   velocity(x, sigma scalar float32) must return an array like x. With S = 0, x comes back unchanged.
   """

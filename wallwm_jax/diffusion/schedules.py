@@ -28,24 +28,34 @@ def anchor_sigma(config: DiffusionConfig) -> float:
 
 
 def sigmas_to_anchor(config: DiffusionConfig, steps: int) -> np.ndarray:
-  """[steps + 1] levels from 1 down to the anchor's, uniform before the shift; [anchor] when steps is 0."""
+  """[steps + 1] levels from 1 down to the anchor's, uniform before the shift; [anchor] when steps
+  is 0.
+  """
   grid = np.linspace(1.0, 1.0 - config.anchor_step / config.num_steps, steps + 1)
-  return shift_sigma(grid, config.shift).astype(np.float32) if steps else np.float32([anchor_sigma(config)])
+  return (
+    shift_sigma(grid, config.shift).astype(np.float32)
+    if steps
+    else np.float32([anchor_sigma(config)])
+  )
 
 
-def sample_sigma(key: PRNGKey, shape: tuple[int, ...], shift: float) -> Float[Array, "..."]:
+def sample_sigma(key: PRNGKey, shape: tuple[int, ...], shift: float) -> Float[Array, '...']:
   """Training noise levels: uniform on (0, 1), then shifted."""
   return shift_sigma(jax.random.uniform(key, shape, minval=1e-4, maxval=1.0), shift)
 
 
-def sample_anchor_sigma(key: PRNGKey, shape: tuple[int, ...], config: DiffusionConfig) -> Float[Array, "..."]:
+def sample_anchor_sigma(
+  key: PRNGKey, shape: tuple[int, ...], config: DiffusionConfig
+) -> Float[Array, '...']:
   """Anchor level with its training jitter, kept inside [0, 1]."""
   jitter = jax.random.uniform(key, shape, minval=-config.anchor_jitter, maxval=config.anchor_jitter)
   return jnp.clip(anchor_sigma(config) + jitter, 0.0, 1.0)
 
 
 def caption_drop_rate(raw_length, ramp: tuple[float, float, int, int]):
-  """rho(L): rho_min up to L_min raw frames, cosine ramp to rho_max at L_max, then flat. SPEC 5, stage 1."""
+  """rho(L): rho_min up to L_min raw frames, cosine ramp to rho_max at L_max, then flat. SPEC 5,
+  stage 1.
+  """
   low, high, start, end = ramp
   phase = jnp.clip((raw_length - start) / (end - start), 0.0, 1.0)
   return low + (high - low) * 0.5 * (1.0 - jnp.cos(jnp.pi * phase))

@@ -8,8 +8,15 @@ import numpy as np
 from flax import nnx
 
 from wallwm_jax.config import ModelConfig
-from wallwm_jax.models.layers import (AffineLayerNorm, Attention, Embedding, Linear, layer_norm,
-                                      modulate, timestep_features)
+from wallwm_jax.models.layers import (
+  AffineLayerNorm,
+  Attention,
+  Embedding,
+  Linear,
+  layer_norm,
+  modulate,
+  timestep_features,
+)
 from wallwm_jax.models.rope import Rotation, axis_angles
 from wallwm_jax.models.stack import scan_blocks, stack_blocks
 from wallwm_jax.parallel.constraints import constrain
@@ -18,7 +25,8 @@ from wallwm_jax.types import pytree_dataclass
 
 @pytree_dataclass
 class AnchorCache:
-  """Keys and values of every action block against one anchored video forward; constant over denoising steps.
+  """Keys and values of every action block against one anchored video forward; constant over
+  denoising steps.
 
   k, v: [L, B, J, heads, hd], J = V * F * P; mask: [B, J], True where the video token exists.
   """
@@ -50,14 +58,20 @@ class ActionBlock(nnx.Module):
     self.self_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
     self.norm_state = AffineLayerNorm(c.width)
     self.state_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
-    self.video_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs, kv_width=config.video.width)
+    self.video_attn = Attention(
+      c.width, c.heads, dtype=dtype, rngs=rngs, kv_width=config.video.width
+    )
     self.ffn = GatedFeedForward(c.width, c.ffn, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, e9, state, rotation, step_mask, cache: AnchorCache):
-    """x [B, R, K, D]: R noise draws share one cache; they are folded into the query rows, K/V is never repeated."""
+    """x [B, R, K, D]: R noise draws share one cache; they are folded into the query rows, K/V is
+    never repeated.
+    """
     b, r, k, d = x.shape
     m = (self.modulation[...] + e9)[:, :, :, None]  # [B, R, 9, 1, D]
-    (shift, scale, gate, shift_v, scale_v, gate_v, shift_ff, scale_ff, gate_ff) = (m[:, :, i] for i in range(9))
+    (shift, scale, gate, shift_v, scale_v, gate_v, shift_ff, scale_ff, gate_ff) = (
+      m[:, :, i] for i in range(9)
+    )
     h = modulate(x, shift, scale).reshape(b * r, k, d)
     h = self.self_attn(h, mask=step_mask, rotation=rotation)
     x = x + (h.reshape(x.shape) * gate).astype(x.dtype)
@@ -70,7 +84,9 @@ class ActionBlock(nnx.Module):
 
 
 class ActionTower(nnx.Module):
-  """Noised action chunks, noise levels, proprioception and anchored video features -> prediction."""
+  """Noised action chunks, noise levels, proprioception and anchored video features ->
+  prediction.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     c, dtype = config.action, jnp.dtype(config.dtype)
@@ -86,10 +102,13 @@ class ActionTower(nnx.Module):
     self.tau_action = Embedding(frames, c.width, std=0.2, rngs=rngs)
     self.abs_video = Embedding(frames, config.video.width, std=0.02, rngs=rngs)
     self.abs_action = Embedding(frames, c.width, std=0.02, rngs=rngs)
-    # Rotary video towers carry no absolute position, but "where" is what an action must read off a patch.
+    # Rotary video towers carry no absolute position, but "where" is what an action must read off a
+    # patch.
     self.patch_video = Embedding(config.patches, config.video.width, std=0.2, rngs=rngs)
     self.view_video = Embedding(len(config.views), config.video.width, std=0.2, rngs=rngs)
-    self.blocks = stack_blocks(lambda rngs: ActionBlock(config, rngs=rngs), config.video.layers, rngs)
+    self.blocks = stack_blocks(
+      lambda rngs: ActionBlock(config, rngs=rngs), config.video.layers, rngs
+    )
     self.head_modulation = nnx.Param(jnp.zeros((2, c.width)))
     self.head_in = Linear(c.width, c.width, dtype=dtype, rngs=rngs)
     self.head_out = Linear(c.width, a, dtype=jnp.float32, rngs=rngs, scale=0.0)
@@ -97,14 +116,17 @@ class ActionTower(nnx.Module):
   def prefill(self, features, tau, masks) -> AnchorCache:
     """The cache of `features` [L, B, V, F, P, D] for latent frames at in-window indices tau [F].
 
-    Keys and values of block i come from ViewConcat(h_pi(i)) + E_tau(tau) + E_abs(position in the window), plus the
-    patch's own place. Source: WALL-WM (arXiv 2606.01955), SPEC 3; the place term is this project's.
+    Keys and values of block i come from ViewConcat(h_pi(i)) + E_tau(tau) + E_abs(position in the
+    window), plus the patch's own place. Source: WALL-WM (arXiv 2606.01955), SPEC 3; the place term
+    is this project's.
     """
     _, b, v, f, p, d = features.shape
     if self.config.action.depth_map:
       features = features[np.array(self.config.action.depth_map)]
     when = self.tau_video(tau + self.config.history) + self.abs_video(tau - tau[0])
-    where = self.view_video.embedding[...][:v, None] + self.patch_video.embedding[...][:p]  # [V, P, D]
+    where = (
+      self.view_video.embedding[...][:v, None] + self.patch_video.embedding[...][:p]
+    )  # [V, P, D]
     place = when[None, :, None] + where[:, None]  # [V, F, P, D]
     graph, state = nnx.split(self.blocks)
 
@@ -115,25 +137,40 @@ class ActionTower(nnx.Module):
       return None, attention.keys_values(tokens)
 
     _, (k, value) = jax.lax.scan(layer, None, (state, features))
-    mask = jnp.broadcast_to(masks.view[:, :, None, None] & masks.frame[:, None, :, None], (b, v, f, p))
+    mask = jnp.broadcast_to(
+      masks.view[:, :, None, None] & masks.frame[:, None, :, None], (b, v, f, p)
+    )
     return AnchorCache(k, value, mask.reshape(b, v * f * p))
 
   def __call__(self, a, t, state, cache: AnchorCache, step_mask):
-    """a [B, R, K, A] noised actions at levels t [B, R]; state [B, A]; step_mask [B, K] -> float32 [B, R, K, A]."""
+    """a [B, R, K, A] noised actions at levels t [B, R]; state [B, A]; step_mask [B, K] -> float32
+    [B, R, K, A].
+    """
     c = self.config.action
     b, r, k, _ = a.shape
     tau = np.arange(k) // self.config.steps_per_latent + 1
-    row = self.tau_action(tau + self.config.history) + self.abs_action(tau + _history_frames(self.config, cache, k))
+    row = self.tau_action(tau + self.config.history) + self.abs_action(
+      tau + _history_frames(self.config, cache, k)
+    )
     x = constrain(self.action_in(a) + row.astype(a.dtype), 'batch', None, None, None)
     temb = self.time_out(jax.nn.silu(self.time_in(timestep_features(t, c.freq_dim))))
     e9 = self.time_proj(jax.nn.silu(temb)).reshape(b, r, 9, c.width)
     token = self.tau_action(jnp.array([self.config.history]))
     state = (self.state_in(state)[:, None] + token).astype(x.dtype)
-    rotation = Rotation.of(axis_angles(np.arange(k, dtype=np.float64), c.head_dim // 2, 100.0).astype(np.float32))
+    rotation = Rotation.of(
+      axis_angles(np.arange(k, dtype=np.float64), c.head_dim // 2, 100.0).astype(np.float32)
+    )
     mask = jnp.repeat(step_mask, r, axis=0)[:, None, None, :]
-    layer_caches = AnchorCache(cache.k, cache.v, jnp.broadcast_to(cache.mask, (cache.k.shape[0], *cache.mask.shape)))
-    x, _ = scan_blocks(self.blocks, lambda block, x, kv: block(x, e9, state, rotation, mask, kv), x, self.config.remat,
-                       xs=layer_caches)
+    layer_caches = AnchorCache(
+      cache.k, cache.v, jnp.broadcast_to(cache.mask, (cache.k.shape[0], *cache.mask.shape))
+    )
+    x, _ = scan_blocks(
+      self.blocks,
+      lambda block, x, kv: block(x, e9, state, rotation, mask, kv),
+      x,
+      self.config.remat,
+      xs=layer_caches,
+    )
     shift, scale = (self.head_modulation[...][i] + temb[:, :, None] for i in (0, 1))
     return self.head_out(jax.nn.gelu(self.head_in(modulate(x, shift, scale)), approximate=True))
 

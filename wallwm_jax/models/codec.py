@@ -1,9 +1,11 @@
-"""Frame codecs. The weight-free block-DCT codec obeys the causal-VAE rule: 1 + 4N frames <-> 1 + N latents.
+"""Frame codecs. The weight-free block-DCT codec obeys the causal-VAE rule: 1 + 4N frames <-> 1 + N
+latents.
 
 Each latent cell holds the lowest-frequency coefficients of an orthonormal 3-D DCT over a block of
-`temporal` frames x `spatial` x `spatial` pixels in an orthonormal opponent colour space. The first frame stands alone: it is
-coded as if repeated `temporal` times, so one coefficient list serves every latent frame. Encoding then decoding is
-the orthogonal projection onto the kept coefficients; with all of them kept it is exact.
+`temporal` frames x `spatial` x `spatial` pixels in an orthonormal opponent colour space. The first
+frame stands alone: it is coded as if repeated `temporal` times, so one coefficient list serves
+every latent frame. Encoding then decoding is the orthogonal projection onto the kept coefficients;
+with all of them kept it is exact.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _TIME_COST, _CHROMA_COST = 1.6, 1.5
 
 @functools.lru_cache
 def dct_basis(config: CodecConfig) -> np.ndarray:
-  """[temporal * spatial * spatial * 3, C] float32 with orthonormal columns, lowest frequency first."""
+  """[temporal * spatial * spatial * 3, C] float32 with orthonormal columns, lowest frequency
+  first.
+  """
   t, s = config.temporal, config.spatial
   time, space = (scipy.fft.dct(np.eye(n), axis=0, norm='ortho') for n in (t, s))
   full = np.einsum('at,by,cx,de->abcdtyxe', time, space, space, _OPPONENT)
@@ -38,8 +42,9 @@ def dct_basis(config: CodecConfig) -> np.ndarray:
   return full[order].T.astype(np.float32)
 
 
-def encode(config: CodecConfig, frames: UInt8[Array, "B V T H W 3"]) -> Float[Array, "B V F h w C"]:
-  """Latents of uint8 frames, T = 1 + 4N, in the units of an orthonormal transform of pixels in [-1, 1].
+def encode(config: CodecConfig, frames: UInt8[Array, 'B V T H W 3']) -> Float[Array, 'B V F h w C']:
+  """Latents of uint8 frames, T = 1 + 4N, in the units of an orthonormal transform of pixels in [-1,
+  1].
 
   Raises:
     ValueError: T is not 1 + temporal * N, or H, W are not multiples of the block.
@@ -47,8 +52,10 @@ def encode(config: CodecConfig, frames: UInt8[Array, "B V T H W 3"]) -> Float[Ar
   b, v, t, height, width, _ = frames.shape
   r, s = config.temporal, config.spatial
   if (t - 1) % r or height % s or width % s:
-    raise ValueError(f'codec.encode: expected 1 + {r}N frames and sizes in multiples of {s}, got T={t}, '
-                     f'H={height}, W={width}. Cut or pad the clip first.')
+    raise ValueError(
+      f'codec.encode: expected 1 + {r}N frames and sizes in multiples of {s}, got T={t}, '
+      f'H={height}, W={width}. Cut or pad the clip first.'
+    )
   x = frames.astype(jnp.float32) / 127.5 - 1.0
   x = jnp.concatenate([jnp.repeat(x[:, :, :1], r, axis=2), x[:, :, 1:]], axis=2)
   x = x.reshape(b, v, (t - 1) // r + 1, r, height // s, s, width // s, s, 3)
@@ -56,8 +63,12 @@ def encode(config: CodecConfig, frames: UInt8[Array, "B V T H W 3"]) -> Float[Ar
   return x @ dct_basis(config)
 
 
-def decode(config: CodecConfig, latents: Float[Array, "B V F h w C"]) -> Float[Array, "B V T H W 3"]:
-  """Frames in [0, 1] float32, T = 1 + temporal * (F - 1); values are clipped to the display range."""
+def decode(
+  config: CodecConfig, latents: Float[Array, 'B V F h w C']
+) -> Float[Array, 'B V T H W 3']:
+  """Frames in [0, 1] float32, T = 1 + temporal * (F - 1); values are clipped to the display
+  range.
+  """
   b, v, f, h, w, _ = latents.shape
   r, s = config.temporal, config.spatial
   x = (latents @ dct_basis(config).T).reshape(b, v, f, h, w, r, s, s, 3)

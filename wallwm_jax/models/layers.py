@@ -1,4 +1,6 @@
-"""Building blocks shared by both towers. Parameters are float32; matmuls run in `dtype`; norms in float32."""
+"""Building blocks shared by both towers. Parameters are float32; matmuls run in `dtype`; norms in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _EPS = 1e-6
 
 
 class Linear(nnx.Module):
-  """y = x W + b in `dtype`. `scale` multiplies the fan-in initialisation; 0 starts at exactly zero."""
+  """y = x W + b in `dtype`. `scale` multiplies the fan-in initialisation; 0 starts at exactly
+  zero.
+  """
 
   def __init__(self, d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, scale: float = 1.0):
     std = scale / d_in**0.5
@@ -22,7 +26,9 @@ class Linear(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x):
-    return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+    return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(
+      self.dtype
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -80,11 +86,20 @@ def timestep_features(sigma, width: int):
 class Attention(nnx.Module):
   """Multi-head attention with QK-RMSNorm over the full width (before the head split).
 
-  `kv_width` differs from `width` in the coupling layer; `out_scale` 0 makes a residual branch start at exactly zero.
+  `kv_width` differs from `width` in the coupling layer; `out_scale` 0 makes a residual branch start
+  at exactly zero.
   """
 
-  def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, kv_width: int | None = None,
-               out_scale: float = 1.0):
+  def __init__(
+    self,
+    width: int,
+    heads: int,
+    *,
+    dtype,
+    rngs: nnx.Rngs,
+    kv_width: int | None = None,
+    out_scale: float = 1.0,
+  ):
     kv_width = width if kv_width is None else kv_width
     self.heads = heads
     self.q = Linear(width, width, dtype=dtype, rngs=rngs)

@@ -1,4 +1,5 @@
-"""Rotary embeddings: Wan's 3-D table, the 4-way Camera RoPE of the cross-view branch, and 1-D for actions.
+"""Rotary embeddings: Wan's 3-D table, the 4-way Camera RoPE of the cross-view branch, and 1-D for
+actions.
 
 All rotate interleaved pairs (x[2i], x[2i+1]). Tables are float32 angles of shape [..., pairs].
 """
@@ -15,16 +16,18 @@ from jaxtyping import Array, Float
 class Rotation(NamedTuple):
   """cos and sin of rotary angles, [..., S, pairs] float32; made once and shared by all layers."""
 
-  cos: Float[Array, "... S pairs"]
-  sin: Float[Array, "... S pairs"]
+  cos: Float[Array, '... S pairs']
+  sin: Float[Array, '... S pairs']
 
   @classmethod
-  def of(cls, angles) -> "Rotation":
+  def of(cls, angles) -> 'Rotation':
     return cls(jnp.cos(angles), jnp.sin(angles))
 
 
-def apply_rope(x: Float[Array, "... S heads hd"], rotation: Rotation):
-  """x rotated pair by pair; the rotation broadcasts over the heads axis; float32 inside, dtype of x out."""
+def apply_rope(x: Float[Array, '... S heads hd'], rotation: Rotation):
+  """x rotated pair by pair; the rotation broadcasts over the heads axis; float32 inside, dtype of x
+  out.
+  """
   cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   a, b = pairs[..., 0], pairs[..., 1]
@@ -36,15 +39,20 @@ def axis_angles(positions: np.ndarray, pairs: int, theta: float) -> np.ndarray:
   return positions[:, None] * theta ** (-np.arange(pairs) / max(pairs, 1))
 
 
-def video_angles(frames: np.ndarray, grid: tuple[int, int], head_dim: int, theta: float) -> np.ndarray:
+def video_angles(
+  frames: np.ndarray, grid: tuple[int, int], head_dim: int, theta: float
+) -> np.ndarray:
   """[F * P, head_dim / 2] float32 for tokens ordered (frame, row, column).
 
   Wan's split of the head: rows and columns get 2 * (d // 6) features each, time the rest.
   """
   spatial = head_dim // 6
   f, y, x = _grid_positions(frames, grid)
-  parts = [axis_angles(f, head_dim // 2 - 2 * spatial, theta), axis_angles(y, spatial, theta),
-           axis_angles(x, spatial, theta)]
+  parts = [
+    axis_angles(f, head_dim // 2 - 2 * spatial, theta),
+    axis_angles(y, spatial, theta),
+    axis_angles(x, spatial, theta),
+  ]
   return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
@@ -56,18 +64,30 @@ def camera_pairs(head_dim: int) -> tuple[int, int, int]:
   return pairs - view - 2 * spatial, spatial, view
 
 
-def camera_angles(frames: np.ndarray, grid: tuple[int, int], view_table: Float[Array, "V pairs"], head_dim: int,
-                  theta: float) -> Float[Array, "F VP pairs"]:
-  """[F, V * P, head_dim / 2]: (frame, row, column) angles as in `video_angles`, then the learned view rotation.
+def camera_angles(
+  frames: np.ndarray,
+  grid: tuple[int, int],
+  view_table: Float[Array, 'V pairs'],
+  head_dim: int,
+  theta: float,
+) -> Float[Array, 'F VP pairs']:
+  """[F, V * P, head_dim / 2]: (frame, row, column) angles as in `video_angles`, then the learned
+  view rotation.
 
-  Source: WALL-WM (arXiv 2606.01955), Camera RoPE: the bank of each head is split over (frame, row, column, view).
+  Source: WALL-WM (arXiv 2606.01955), Camera RoPE: the bank of each head is split over (frame, row,
+  column, view).
   """
   time, spatial, view = camera_pairs(head_dim)
   f, y, x = _grid_positions(frames, grid)
-  fixed = np.concatenate([axis_angles(f, time, theta), axis_angles(y, spatial, theta), axis_angles(x, spatial, theta)], -1)
+  fixed = np.concatenate(
+    [axis_angles(f, time, theta), axis_angles(y, spatial, theta), axis_angles(x, spatial, theta)],
+    -1,
+  )
   views, patches = view_table.shape[0], grid[0] * grid[1]
   shape = (len(frames), views, patches)
-  fixed = np.broadcast_to(fixed.astype(np.float32).reshape(len(frames), 1, patches, -1), (*shape, fixed.shape[-1]))
+  fixed = np.broadcast_to(
+    fixed.astype(np.float32).reshape(len(frames), 1, patches, -1), (*shape, fixed.shape[-1])
+  )
   learned = jnp.broadcast_to(view_table[None, :, None], (*shape, view))
   return jnp.concatenate([fixed, learned], -1).reshape(len(frames), views * patches, -1)
 

@@ -1,20 +1,24 @@
-"""Repeated blocks: created stacked on a leading layer axis, run under `lax.scan` with a named remat policy."""
+"""Repeated blocks: created stacked on a leading layer axis, run under `lax.scan` with a named remat
+policy.
+"""
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 from flax import nnx
 
 _POLICIES = {
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-  """One module whose every parameter has a leading axis of `layers`, each layer with its own key."""
+  """One module whose every parameter has a leading axis of `layers`, each layer with its own
+  key.
+  """
 
   @nnx.split_rngs(splits=layers)
   @nnx.vmap(in_axes=0, out_axes=0)

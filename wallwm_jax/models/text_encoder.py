@@ -1,7 +1,8 @@
-"""Frozen text encoders behind one interface: `encode(list of captions) -> Text` on the host, in NumPy.
+"""Frozen text encoders behind one interface: `encode(list of captions) -> Text` on the host, in
+NumPy.
 
-The weight-free 'hash' encoder gives every word a fixed random direction, so captions condition a model trained from
-scratch; public encoders (UMT5) implement the same `encode`.
+The weight-free 'hash' encoder gives every word a fixed random direction, so captions condition a
+model trained from scratch; public encoders (UMT5) implement the same `encode`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from typing import Protocol, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from wallwm_jax.config import TextConfig
 from wallwm_jax.types import Text
 
-_WORD = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
+_WORD = re.compile(r'[a-z0-9]+|[^\sa-z0-9]')
 
 
 class TextEncoder(Protocol):
@@ -28,7 +30,8 @@ class TextEncoder(Protocol):
 class HashTextEncoder:
   """Word-hash embeddings: one unit-variance Gaussian direction per word plus a sinusoidal position.
 
-  Words past `tokens` are cut. Deterministic over machines and runs: the direction's seed is the word's CRC32.
+  Words past `tokens` are cut. Deterministic over machines and runs: the direction's seed is the
+  word's CRC32.
   """
 
   def __init__(self, config: TextConfig):

@@ -10,8 +10,15 @@ import numpy as np
 from flax import nnx
 
 from wallwm_jax.config import ModelConfig
-from wallwm_jax.models.layers import (AffineLayerNorm, Attention, Embedding, Linear, layer_norm,
-                                      modulate, timestep_features)
+from wallwm_jax.models.layers import (
+  AffineLayerNorm,
+  Attention,
+  Embedding,
+  Linear,
+  layer_norm,
+  modulate,
+  timestep_features,
+)
 from wallwm_jax.models.rope import Rotation, camera_angles, camera_pairs, video_angles
 from wallwm_jax.models.stack import scan_blocks, stack_blocks
 from wallwm_jax.parallel.constraints import constrain
@@ -54,7 +61,8 @@ class VideoBlock(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     c, dtype = config.video, jnp.dtype(config.dtype)
-    # Rows: shift, scale, gate of self-attention, then of the FFN. Gates start open, shifts and scales at rest.
+    # Rows: shift, scale, gate of self-attention, then of the FFN. Gates start open, shifts and
+    # scales at rest.
     self.modulation = nnx.Param(jnp.zeros((6, c.width)).at[jnp.array([2, 5])].set(1.0))
     self.self_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
     if c.cross_view:
@@ -84,7 +92,9 @@ class VideoBlock(nnx.Module):
     return constrain(x, 'batch', None, None, 'patch', None)
 
   def _across_views(self, x, shift, scale, view_gate, ctx: _Attend):
-    """g * W_view CrossViewAttn(h), frame by frame over all views' patches; exactly 0 at initialisation."""
+    """g * W_view CrossViewAttn(h), frame by frame over all views' patches; exactly 0 at
+    initialisation.
+    """
     b, v, f, p, d = x.shape
     h = modulate(x, shift, scale).swapaxes(1, 2).reshape(b * f, v * p, d)
     h = self.cross_view(h, mask=ctx.view_mask, rotation=ctx.view_rotation)
@@ -93,7 +103,9 @@ class VideoBlock(nnx.Module):
 
 
 class VideoTower(nnx.Module):
-  """Noised latents, per-frame noise levels and text -> prediction and the features after every block."""
+  """Noised latents, per-frame noise levels and text -> prediction and the features after every
+  block.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     c, dtype = config.video, jnp.dtype(config.dtype)
@@ -110,12 +122,16 @@ class VideoTower(nnx.Module):
     self.text_out = Linear(c.width, c.width, dtype=dtype, rngs=rngs)
     if c.cross_view:
       self.view_gate = Linear(c.width, c.width, dtype=jnp.float32, rngs=rngs, scale=0.0)
-      self.view_embed = Embedding(len(config.views), camera_pairs(c.head_dim)[2], std=1.0, rngs=rngs)
+      self.view_embed = Embedding(
+        len(config.views), camera_pairs(c.head_dim)[2], std=1.0, rngs=rngs
+      )
     self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs=rngs), c.layers, rngs)
     self.head = VideoHead(config, cells * channels, rngs=rngs)
 
   def __call__(self, z, t, text: Text, masks: VideoMasks):
-    """z [B, V, F, h, w, C'], t [B, F] in [0, 1] -> (prediction [B, V, F, h, w, C], features [L, B, V, F, P, D])."""
+    """z [B, V, F, h, w, C'], t [B, F] in [0, 1] -> (prediction [B, V, F, h, w, C], features [L, B,
+    V, F, P, D]).
+    """
     c = self.config.video
     b, v, f, h, w, _ = z.shape
     grid = (h // c.patch[1], w // c.patch[2])
@@ -124,8 +140,15 @@ class VideoTower(nnx.Module):
     e6 = self.time_proj(jax.nn.silu(temb)).reshape(b, f, 6, c.width)
     gate = self.view_gate(jax.nn.silu(temb)) if c.cross_view else jnp.zeros_like(temb)
     ctx = self._context(x, grid, text, masks)
-    x, features = scan_blocks(self.blocks, lambda block, x: block(x, e6, gate, ctx), x, self.config.remat)
-    return _unpatchify(self.head(x, temb), grid, c.patch), features
+    x, features = scan_blocks(
+      self.blocks, lambda block, x: block(x, e6, gate, ctx), x, self.config.remat
+    )
+    out = _unpatchify(self.head(x, temb), grid, c.patch)
+    if c.prediction == 'x' and c.conditioning == 'frame':
+      # A scene mostly stays as it is: the network regresses what changes since the last given
+      # frame.
+      out = out + _last_given(z.astype(jnp.float32), t)
+    return out, features
 
   def _context(self, x, grid, text: Text, masks: VideoMasks) -> _Attend:
     c = self.config.video
@@ -133,13 +156,19 @@ class VideoTower(nnx.Module):
     frames = np.arange(f)
     view_mask, view_rotation = None, None
     if c.cross_view:
-      table = camera_angles(frames, grid, self.view_embed.embedding[...][:v], c.head_dim, c.rope_theta)
+      table = camera_angles(
+        frames, grid, self.view_embed.embedding[...][:v], c.head_dim, c.rope_theta
+      )
       tiled = jnp.broadcast_to(table, (b, *table.shape)).reshape(b * f, v * p, -1)
       view_rotation = Rotation.of(tiled)
-      seen = jnp.broadcast_to(masks.view[:, None, None, :, None], (b, 1, 1, v, p)).reshape(b, 1, v * p)
+      seen = jnp.broadcast_to(masks.view[:, None, None, :, None], (b, 1, 1, v, p)).reshape(
+        b, 1, v * p
+      )
       if masks.sight is not None:
         seen = seen & masks.sight.reshape(b, v * p, v * p)
-      view_mask = jnp.broadcast_to(seen[:, None], (b, f, *seen.shape[1:])).reshape(b * f, 1, *seen.shape[1:])
+      view_mask = jnp.broadcast_to(seen[:, None], (b, f, *seen.shape[1:])).reshape(
+        b * f, 1, *seen.shape[1:]
+      )
     own = jnp.broadcast_to(masks.frame[:, None, :, None], (b, v, f, p)).reshape(b * v, 1, 1, f * p)
     embedded = self.text_out(jax.nn.gelu(self.text_in(text.features), approximate=True))
     rotation = Rotation.of(video_angles(frames, grid, c.head_dim, c.rope_theta))
@@ -159,6 +188,16 @@ class VideoHead(nnx.Module):
     """x [B, V, F, P, D], temb [B, F, D] -> float32 [B, V, F, P, d_out]."""
     shift, scale = (self.modulation[...][i] + temb[:, None, :, None] for i in (0, 1))
     return (layer_norm(x) * (1.0 + scale) + shift) @ self.kernel[...] + self.bias[...]
+
+
+def _last_given(z, t):
+  """The last clean frame (level 0) of each sample, [B, V, 1, h, w, C]; zeros where none is
+  clean.
+  """
+  given = jnp.sum(t <= 0, axis=1)
+  index = jnp.maximum(given - 1, 0)[:, None, None, None, None, None]
+  frame = jnp.take_along_axis(z, index, axis=2)
+  return jnp.where(given[:, None, None, None, None, None] > 0, frame, 0.0)
 
 
 def _patchify(z, patch):

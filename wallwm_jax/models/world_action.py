@@ -1,4 +1,6 @@
-"""The coupled world-action model: one video tower, one action tower, one-way coupling between them."""
+"""The coupled world-action model: one video tower, one action tower, one-way coupling between
+them.
+"""
 
 from __future__ import annotations
 
