@@ -1,4 +1,4 @@
-"""The fixed-chunk baseline of experiments/tabletop_event.py: from scratch, same model, steps and batch.
+"""The fixed-chunk baseline of tabletop_event.py: from scratch, same model, steps and batch.
 
 Windows are one history, one anchor and two future latent frames wherever they fall in the episode,
 and the text is the task's instruction.

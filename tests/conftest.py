@@ -1,12 +1,20 @@
-"""One process setup for the whole suite: eight virtual CPU devices and a persistent compilation cache."""
+"""One process setup for the whole suite: eight virtual CPU devices and a persistent compilation
+cache.
+"""
 
 import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile far more than they compute: without optimisation a tiny model compiles in a sixth of the time.
-os.environ['XLA_FLAGS'] = ' '.join((
-    os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false'))
+# Tests compile far more than they compute: without optimisation a tiny model compiles in a sixth of
+# the time.
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_backend_optimization_level=0',
+    '--xla_cpu_use_fusion_emitters=false',
+  )
+)
 
 import jax
 import pytest
@@ -20,7 +28,9 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
-  """Real robot data beside the checkout; tests that need it are skipped by name when it is absent."""
+  """Real robot data beside the checkout; tests that need it are skipped by name when it is
+  absent.
+  """
   path = ROOT.parent / 'shared' / 'data'
   if not path.is_dir():
     pytest.skip(f'real robot data not found at {path}')

@@ -1,0 +1,53 @@
+# Everything runs from a fresh clone: `make quickstart`, `make test`. No root, no GPU.
+# .venv is made from constraints.txt when it is missing or when the packaging files changed.
+
+SHELL := /bin/bash
+VENV := .venv
+PYTHON ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := wallwm_jax data kernels experiments benchmarks tests
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(STAMP)  ## collect data, train, evaluate and write runs/quickstart/report.html (QUICKSTART_ARGS=...)
+	$(BIN)/wallwm quickstart $(QUICKSTART_ARGS)
+
+test: $(STAMP)  ## the whole test suite on CPU (PYTEST_ARGS=..., WORKERS=2)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: $(STAMP)  ## the tests that take seconds
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff, and every file parses
+	$(BIN)/ruff check .
+	$(BIN)/python -m compileall -q $(CODE)
+
+clean:  ## remove .venv, caches and build output (runs/ stays)
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@set -e; \
+	for python in $(PYTHON) $(BIN)/python python3.11 python3.12 python3.13 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: expected Python 3.11 or newer, got $$(python3 --version 2>&1 || echo none)." >&2; \
+	  echo "      Install it, or name it: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then \
+	  echo "creating $(VENV) with $$found"; \
+	  $$found -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: '$$found -m venv' failed; on Debian or Ubuntu install python3-venv." >&2; exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,71 @@
+"""The verbs on a tiny run: train, evaluate, export, through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from wallwm_jax import cli
+from wallwm_jax.commands import rollout
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_export_a_tiny_run(experiment, store, tmp_path, capsys):
+  workdir, scores, policy = tmp_path / 'run', tmp_path / 'scores.json', tmp_path / 'policy'
+
+  def run(*argv):
+    code = cli.main([str(a) for a in argv])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    return out.out
+
+  run('data', 'verify', store.path)
+  assert 'synthetic' in run('data', 'inspect', store.path)
+  override = f'--config.data.store={store.path}'
+  assert 'action' in run('train', '--config', experiment, '--dry-run', override)
+  trained = json.loads(
+    run('train', '--config', experiment, '--workdir', workdir, '--quiet', override)
+  )
+  assert trained['step'] == 2 and np.isfinite(trained['loss'])
+
+  run('eval', 'openloop', '--workdir', workdir, '--store', store.path, '--json', scores)
+  found = json.loads(scores.read_text())
+  assert {'action_mae', 'action_mae_hold', 'action_mae_mean', 'n'} <= set(found)
+  assert found['environment']['jax'] and found['n'] == 8
+
+  run(
+    'eval', 'video', '--workdir', workdir, '--store', store.path, '--json', scores, '--limit', '2'
+  )
+  found = json.loads(scores.read_text())
+  assert {'psnr_model', 'psnr_copy_last', 'psnr_codec', 'ssim_model', 'psnr_end_model'} <= set(
+    found
+  )
+
+  run('export', '--workdir', workdir, '--out', policy, '--bucket', '2')
+  assert (policy / 'signature.json').is_file()
+
+
+def test_data_stats_are_written_and_read_back(experiment, store, tmp_path, capsys):
+  from wallwm_jax.data import stats
+
+  out = tmp_path / 'stats.json'
+  assert (
+    cli.main(['data', 'stats', str(store.path), '--config', str(experiment), '--out', str(out)])
+    == 0
+  )
+  printed = json.loads(capsys.readouterr().out)
+  assert printed['hash'] == stats.stats_hash(stats.load(out))
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.gif'])
+def test_recordings_can_be_played(tmp_path, suffix):
+  frames = np.zeros((5, 34, 65, 3), np.uint8)
+  frames[np.arange(5), :, :] = 50 * np.arange(5)[:, None, None, None]
+  path = tmp_path / f'film{suffix}'
+  rollout.WRITERS[suffix](path, frames, 10.0)
+  import av
+
+  with av.open(str(path)) as film:
+    shades = [float(f.to_ndarray(format='rgb24').mean()) for f in film.decode(video=0)]
+  assert len(shades) == 5
+  np.testing.assert_allclose(shades, 50 * np.arange(5), atol=4)

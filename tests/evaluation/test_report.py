@@ -1,0 +1,183 @@
+"""The report page: complete in itself, every section it is given, nothing it is not."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from wallwm_jax.config import ActionSpec
+from wallwm_jax.evaluation import closed_loop, latency, open_loop, page, plots, report, video
+from wallwm_jax.types import DataError
+
+RNG = np.random.default_rng(0)
+VOID = {'meta', 'img', 'br'}
+
+
+class Reader(html.parser.HTMLParser):
+  """Collects tags, attributes and text, and checks that tags nest."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.open, self.links, self.tags, self.text = [], [], [], []
+    self.feed(text)
+    assert not self.open, f'left open: {self.open}'
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.links += [
+      value for name, value in attrs if name in ('src', 'href', 'srcset', 'data', 'action')
+    ]
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if not self.open or self.open[-1] != 'style':
+      self.text.append(data)
+
+
+@pytest.fixture(scope='module')
+def full() -> report.Report:
+  frames = RNG.integers(0, 256, (1, 2, 5, 16, 16, 3), dtype=np.uint8)
+  truth = {
+    'frames': frames,
+    'num_frames': np.array([5]),
+    'view_mask': np.ones((1, 2), bool),
+    'pixel_mask': np.ones((1, 2, 16, 16), bool),
+  }
+  predicted = np.clip(frames / 255 + RNG.normal(0, 0.1, frames.shape), 0, 1)
+  true = np.zeros((1, 4, 10))
+  true[..., 3] = true[..., 7] = 1
+  mask = np.ones(true.shape, bool)
+  errors = open_loop.action_errors(true + 0.01, true, mask, ActionSpec())
+  loop = closed_loop.evaluate([True, False], [100.0, 30.0], ['push', 'lift'])
+  return report.Report(
+    'A run <&>',
+    'subtitle',
+    cards=(report.Card('success', '50 %', 'note', 'good'), report.Card('other', '1')),
+    losses={
+      'stage 1': {'loss': (np.arange(5), np.linspace(2, 1, 5))},
+      'stage 2': {'loss': (np.arange(5), np.linspace(1, -1, 5))},
+    },
+    closed_loop={'trained': loop, 'untrained': loop},
+    clips=[report.RolloutClip('push <it>', frames[0], True, 10.0)],
+    video=video.evaluate([(truth, {'model': predicted})]),
+    strips=[
+      report.VideoStrip('push the red cube', ('front', 'wrist'), predicted[0], frames[0], 10.0)
+    ],
+    open_loop=open_loop.summarise(errors, errors, errors, [0], ['push']),
+    actions=[report.ActionTrace('push', true[0] + 0.01, true[0], true[0], mask[0])],
+    latency=latency.measure_parts({'event': lambda: np.zeros(1)}, calls=3),
+    config={'model': {'width': 128}, 'name': 'tiny'},
+    environment={'jax': '0.0', 'device': 'cpu'},
+  )
+
+
+def test_every_section_is_there_and_the_page_loads_nothing(full, tmp_path):
+  path = report.write_report(tmp_path / 'deep' / 'report.html', full)
+  text = path.read_text(encoding='utf-8')
+  parsed = Reader(text)
+  words = ' '.join(parsed.text)
+  for expected in (
+    'A run <&>',
+    'Closed loop',
+    'Predicted video',
+    'Actions',
+    'Training',
+    'Latency',
+    'Setup',
+    'push the red cube',
+    'copy last',
+    'hold still',
+    'untrained',
+    'model.width',
+    'stage 2',
+    '50 %',
+  ):
+    assert expected in words, expected
+  ids = set(re.findall(r'id="([^"]+)"', text))
+  for link in parsed.links:
+    assert link.startswith('data:image/') or (link[0] == '#' and link[1:] in ids), link[:80]
+  assert 'script' not in parsed.tags and 'link' not in parsed.tags
+  assert not re.search(r'https?://|url\(|@import', text)
+
+
+def test_every_image_decodes(full):
+  text = report.render(full)
+  images = [link for link in Reader(text).links if link.startswith('data:')]
+  assert len(images) == 1 + 1 + 1 + 4 + 1 + 1  # bars, clip, curves, film rows, actions, losses
+  import base64
+  import io
+
+  from PIL import Image
+
+  for uri in images:
+    Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2]))).verify()
+
+
+def test_empty_parts_are_left_out():
+  words = ' '.join(Reader(report.render(report.Report('only this', environment={'jax': '1'}))).text)
+  assert 'Setup' in words
+  for absent in (
+    'Closed loop',
+    'Predicted video',
+    'Actions',
+    'Training',
+    'Latency',
+    'Configuration',
+  ):
+    assert absent not in words
+
+
+def test_text_from_data_cannot_inject_html():
+  strip = report.VideoStrip(
+    '<script>x</script>',
+    ('<b>',),
+    np.zeros((1, 2, 12, 12, 3)),
+    np.zeros((1, 2, 12, 12, 3), np.uint8),
+    5.0,
+  )
+  assert 'script' not in Reader(report.render(report.Report('t', strips=[strip]))).tags
+
+
+def test_curves_are_read_up_to_a_line_cut_short(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  lines = [
+    json.dumps({'step': s, 'loss': 1.0 / s, 'video_loss': 2.0, 'lr': 1e-3}) for s in (10, 20)
+  ]
+  path.write_text('\n'.join(lines) + '\n{"step": 30, "lo')
+  curves = report.read_curves(path)
+  assert set(curves) == {'loss', 'video_loss'}
+  np.testing.assert_allclose(curves['loss'], [[10, 20], [0.1, 0.05]])
+  assert set(report.read_curves(path, ['lr'])) == {'lr'}
+
+
+def test_broken_or_missing_metrics_are_errors(tmp_path):
+  with pytest.raises(DataError, match='found no file'):
+    report.read_curves(tmp_path / 'metrics.jsonl')
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1\n{"step": 2, "loss": 1}\n')
+  with pytest.raises(DataError, match=r'metrics\.jsonl:1'):
+    report.read_curves(path)
+
+
+def test_smoothing_keeps_constants_and_length():
+  np.testing.assert_allclose(plots.smooth(np.full(100, 3.0)), 3.0)
+  ramp = np.arange(200.0)
+  np.testing.assert_allclose(plots.smooth(ramp)[50:150], ramp[50:150])
+
+
+def test_film_row_lays_frames_side_by_side():
+  import io
+
+  from PIL import Image
+
+  frames = RNG.integers(0, 256, (3, 8, 10, 3), dtype=np.uint8)
+  row = np.asarray(Image.open(io.BytesIO(page.film_row(frames))))
+  assert row.shape == (8, 36, 3)
+  for i in range(3):
+    np.testing.assert_array_equal(row[:, 12 * i + 1 : 12 * i + 11], frames[i])

@@ -1,0 +1,100 @@
+"""A tiny experiment and a tiny event store; everything a training test needs in a second or two."""
+
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from wallwm_jax import config as c
+from wallwm_jax.data.schema import Calibration, EpisodeRecord, EventSpan
+from wallwm_jax.data.store import EpisodeStoreWriter
+from wallwm_jax.types import NormStats
+
+VIEWS = ('front', 'side')
+SIZE = (16, 32)
+
+
+def tiny_config(stage: str = '1', window: str = 'event', store: str = '', **sections):
+  """Smallest config every stage and every mesh of eight devices accepts; float32 throughout.
+
+  `sections` replace fields of a section: diffusion={'tube_prob': 0.5}, train={'steps': 4}, ...
+  """
+  base = c.ExperimentConfig(
+      name='tiny',
+      model=c.ModelConfig(
+          video=c.VideoConfig(width=32, layers=2, heads=2, ffn=32, freq_dim=32),
+          action=c.ActionConfig(width=32, heads=2, ffn=32, freq_dim=32),
+          codec=c.CodecConfig(channels=8),
+          text=c.TextConfig(tokens=4, width=8),
+          views=VIEWS, image_size=SIZE, history=1, future=2, max_future=2),
+      diffusion=c.DiffusionConfig(action_draws=2),
+      data=c.DataConfig(store=store, batch_size=8, buckets=(2,), window=window, threads=1),
+      optim=c.OptimConfig(warmup_steps=2, ns_dtype='float32'),
+      train=c.TrainConfig(stage=stage, steps=4, log_every=2, checkpoint_every=100, ema=0.99),
+  )
+  return override(base, **sections)
+
+
+def override(config, **sections):
+  """`config` with fields of some sections replaced."""
+  new = {name: dataclasses.replace(getattr(config, name), **fields)
+         for name, fields in sections.items()}
+  return dataclasses.replace(config, **new)
+
+
+def unit_norm(config) -> NormStats:
+  """Statistics that change nothing."""
+  a, channels = config.model.action_spec.dim, config.model.codec.channels
+  return NormStats(*(np.full(n, value, np.float32)
+                     for n in (a, a, channels) for value in (0, 1)))
+
+
+def episode(index: int, frames: int = 24) -> EpisodeRecord:
+  """A bright square that moves as the arm does, two events long."""
+  rng = np.random.default_rng(index)
+  path = np.cumsum(rng.normal(0, 0.02, (frames, 3)), 0).astype(np.float32)
+  identity = np.tile(np.float32([1, 0, 0, 0, 1, 0]), (frames, 1))
+  grip = np.linspace(0, 1, frames, dtype=np.float32)[:, None]
+  state = np.concatenate([path, identity, grip], 1)
+  pixels = rng.integers(0, 60, (len(VIEWS), frames, *SIZE, 3), dtype=np.uint8)
+  for t in range(frames):
+    column = int(np.clip(16 + 100 * path[t, 0], 0, 27))
+    pixels[:, t, 4:10, column:column + 4] = 255
+  cameras = {view: Calibration(np.float32([[32, 0, 16], [0, 32, 8], [0, 0, 1]]), np.eye(4, dtype='f'))
+             for view in VIEWS}
+  half = frames // 2
+  return EpisodeRecord(
+      episode_id=f'episode-{index}', source='synthetic', fps=10.0, views=VIEWS,
+      frames=dict(zip(VIEWS, pixels)), state=state, actions=np.roll(state, -1, 0),
+      events=(EventSpan(0, half, 'go', {'L1': 'go there', 'L3': 'wander'}),
+              EventSpan(half - 1, frames, 'come', {'L1': 'come back', 'L3': 'wander'})),
+      calibration=cameras)
+
+
+def write_store(path: pathlib.Path, episodes: int = 6) -> str:
+  with EpisodeStoreWriter(path, heldout=0.0) as writer:
+    for index in range(episodes):
+      writer.add(episode(index))
+  return str(path)
+
+
+@pytest.fixture(scope='session')
+def store(tmp_path_factory) -> str:
+  """Path of a store of six episodes, twelve events."""
+  return write_store(tmp_path_factory.mktemp('store') / 'events')
+
+
+@pytest.fixture(scope='session')
+def tiny():
+  """This module's helpers, for tests: tiny.config, tiny.override, tiny.norm, tiny.write_store."""
+  module = sys.modules[__name__]
+
+  class Tiny:
+    config = staticmethod(module.tiny_config)
+    override = staticmethod(module.override)
+    norm = staticmethod(module.unit_norm)
+    write_store = staticmethod(module.write_store)
+
+  return Tiny

@@ -1,0 +1,54 @@
+"""`wallwm <verb>`: parses, calls one verb, turns expected errors into one clear message and exit
+code 1."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from wallwm_jax.commands import bench, data, evaluate, export, quickstart, rollout, train
+
+VERBS = (quickstart, data, train, evaluate, rollout, export, bench)
+TAKES_OVERRIDES = 'overrides'  # set by verbs that accept --config.section.field=value
+
+
+def make_parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='wallwm',
+    description='Train, evaluate and export event-grounded world action models.',
+    epilog='Every verb has its own --help with an example.',
+    allow_abbrev=False,
+  )
+  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+  verbs = parser.add_subparsers(dest='verb', required=True, metavar='verb')
+  for verb in VERBS:
+    verb.add_parser(verbs)
+  return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one verb; returns the exit code (0 done, 1 refused or failed; argparse exits with 2)."""
+  parser = make_parser()
+  args, rest = parser.parse_known_args(argv)
+  if hasattr(args, TAKES_OVERRIDES):
+    args.overrides = rest
+  elif rest:
+    parser.error(f'unknown argument {rest[0]!r} (see wallwm {args.verb} --help)')
+  if args.debug:
+    args.run(args)
+    return 0
+  from wallwm_jax.types import WallWMError
+
+  try:
+    args.run(args)
+  except (WallWMError, OSError) as error:
+    print(f'wallwm {args.verb}: {type(error).__name__}: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print(f'\nwallwm {args.verb}: stopped; what was saved before is complete.', file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

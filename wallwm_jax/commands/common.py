@@ -1,0 +1,38 @@
+"""Parser pieces that the verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+
+def add_verb(
+  verbs, name: str, summary: str, example: str, **defaults: Any
+) -> argparse.ArgumentParser:
+  """A subparser whose help ends with an example; `defaults` usually hold run=function."""
+  parser = verbs.add_parser(
+    name,
+    help=summary,
+    description=summary,
+    epilog=f'example:\n  {example}',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.set_defaults(**defaults)
+  return parser
+
+
+def progress_on_stderr() -> contextlib.AbstractContextManager:
+  """Progress lines inside go to stderr: stdout is left to the result."""
+  return contextlib.redirect_stdout(sys.stderr)
+
+
+def print_json(results: Any) -> None:
+  """Results on stdout, one JSON object."""
+  import json
+
+  from wallwm_jax.evaluation.base import to_plain
+
+  print(json.dumps(to_plain(results), indent=2))

@@ -1,0 +1,135 @@
+"""`wallwm data build|inspect|stats|verify`: raw episodes to an event store, and looks into it."""
+
+from __future__ import annotations
+
+import argparse
+
+from wallwm_jax.commands import common, settings
+
+
+def add_parser(verbs) -> None:
+  group = verbs.add_parser(
+    'data', help='build an event store, look into it, check it', allow_abbrev=False
+  )
+  actions = group.add_subparsers(dest='action', required=True, metavar='action')
+
+  example = (
+    'wallwm data build --reader rlds --source ../shared/data/bridge_rlds --out runs/bridge/store'
+  )
+  build_ = common.add_verb(
+    actions, 'build', 'build an event store from raw episodes', example, run=build
+  )
+  build_.add_argument('--reader', required=True, choices=tuple(READERS), help='what the source is')
+  build_.add_argument('--source', help='folder of the raw data (rlds, video)')
+  build_.add_argument('--out', required=True, help='new folder for the store')
+  build_.add_argument(
+    '--heldout', type=float, default=0.1, help='fraction of held-out episodes (0.1)'
+  )
+  build_.add_argument('--split', default='train', help='rlds: split to read (train)')
+  build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48)')
+  build_.add_argument('--fps', type=float, help='video: frames per second to keep (all)')
+  build_.add_argument('--event-frames', type=int, default=65, help='video: frames per event (65)')
+  build_.add_argument(
+    '--episodes', type=int, default=200, help='tabletop: episodes to collect (200)'
+  )
+  build_.add_argument('--mix', default='mixed', help='tabletop: mixed, single or multi (mixed)')
+  build_.add_argument('--seed', type=int, default=0, help='tabletop: seed (0)')
+
+  for name, run, summary in (
+    ('inspect', inspect, 'what a store holds, and what was quarantined and why'),
+    ('verify', verify, 'read every byte of a store and compare its checksums'),
+  ):
+    parser = common.add_verb(
+      actions, name, summary, f'wallwm data {name} runs/bridge/store', run=run
+    )
+    parser.add_argument('store', help='folder of the store')
+
+  example = (
+    'wallwm data stats runs/bridge/store --config experiments/bridge_sample.py --out stats.json'
+  )
+  stats_ = common.add_verb(
+    actions, 'stats', 'normalisation statistics of a store', example, run=stats, overrides=[]
+  )
+  stats_.add_argument('store', help='folder of the store')
+  stats_.add_argument('--config', required=True, help='experiment whose windows are measured')
+  stats_.add_argument('--out', help='JSON file to write (default: print only)')
+
+
+def _rlds(args):
+  from wallwm_jax.data.readers.rlds import RldsReader
+
+  return RldsReader(args.source, args.split)
+
+
+def _video(args):
+  from wallwm_jax.data.readers.video import VideoReader
+
+  return VideoReader(args.source, _image_size(args.size or '96x160'), args.fps, args.event_frames)
+
+
+def _tabletop(args):
+  from wallwm_jax.envs import tabletop
+
+  world = tabletop.TabletopConfig(image_size=_image_size(args.size or '48x48'))
+  return tabletop.collect(args.episodes, args.seed, mix=args.mix, config=world)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+  from wallwm_jax.types import ConfigError
+
+  height, cross, width = text.partition('x')
+  if not (cross and height.isdigit() and width.isdigit()):
+    raise ConfigError(f'--size: expected height x width in pixels such as 96x160, got {text!r}.')
+  return int(height), int(width)
+
+
+READERS = {'rlds': _rlds, 'video': _video, 'tabletop': _tabletop}
+
+
+def build(args: argparse.Namespace) -> None:
+  from wallwm_jax.data.build import build_store
+  from wallwm_jax.types import ConfigError
+
+  if args.reader != 'tabletop' and not args.source:
+    raise ConfigError(
+      f'--source: expected the folder of the raw data (--reader {args.reader}), got none.'
+    )
+  total = args.episodes if args.reader == 'tabletop' else None
+  with common.progress_on_stderr():
+    report = build_store(READERS[args.reader](args), args.out, heldout=args.heldout, total=total)
+  common.print_json(report)
+
+
+def inspect(args: argparse.Namespace) -> None:
+  from wallwm_jax.data.inspect import show
+  from wallwm_jax.data.store import EventStore
+
+  show(EventStore(args.store))
+
+
+def verify(args: argparse.Namespace) -> None:
+  from wallwm_jax.data.store import EventStore
+
+  store = EventStore(args.store)
+  store.verify()
+  print(f'{store.path}: complete and unchanged, digest {store.digest}')
+
+
+def stats(args: argparse.Namespace) -> None:
+  import functools
+
+  import jax
+  import numpy as np
+
+  from wallwm_jax.data import stats as statistics
+  from wallwm_jax.data.store import EventStore
+  from wallwm_jax.models import functional
+
+  config = settings.load_experiment(args.config, args.overrides)
+  encode = jax.jit(functools.partial(functional.encode_video, config.model))
+  norm = statistics.compute(
+    EventStore(args.store), config, lambda frames: np.asarray(encode(frames))
+  )
+  if args.out:
+    statistics.save(norm, args.out)
+  common.print_json({'hash': statistics.stats_hash(norm)} | vars(norm))

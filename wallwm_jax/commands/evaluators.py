@@ -1,0 +1,297 @@
+"""Joins a trained model, a store or an environment, and the scores of wallwm_jax.evaluation.
+
+`wallwm eval` and the quickstart call these; the evaluation package itself never sees a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.data import pipeline
+from wallwm_jax.data.schema import LEVELS
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.data.transforms import Draw, WindowReader, pick_caption
+from wallwm_jax.diffusion import schedules
+from wallwm_jax.evaluation import latency, open_loop, video
+from wallwm_jax.evaluation.report import ActionTrace, VideoStrip
+from wallwm_jax.inference import denoiser
+from wallwm_jax.inference.denoiser import Window
+from wallwm_jax.inference.event import predict_event
+from wallwm_jax.inference.unified import predict_chunk
+from wallwm_jax.models import functional
+from wallwm_jax.models.text_encoder import make_text_encoder
+from wallwm_jax.types import EventBatch, InferenceParams, NormStats, Observation
+
+VIDEO_STEPS = 20  # Euler steps of a predicted video
+Predict = Callable[[EventBatch], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+  """The windows of one split of a store as a model was trained to see them, one per event.
+
+  Chunk windows are anchored at the first frame of their event. limit: at most this many events,
+  evenly spread over the split (None = all).
+  """
+
+  config: ExperimentConfig
+  store: EventStore
+  norm: NormStats
+  split: str = 'heldout'
+  limit: int | None = None
+
+  def batches(self) -> Iterator[EventBatch]:
+    """Batches of config.data.batch_size or fewer, each of one bucket."""
+    size = self.config.data.batch_size
+    for draws in self._by_bucket().values():
+      for start in range(0, len(draws), size):
+        yield pipeline.stack([self._reader(draw) for draw in draws[start : start + size]])
+
+  def actions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(actions [K, A] physical, mask [K, A]) of each window; reads no pixels."""
+    for draws in self._by_bucket().values():
+      for draw in draws:
+        _, actions, mask = self._reader.robot(draw)
+        yield actions, mask
+
+  def facts(self, batch: EventBatch, column: str) -> list:
+    """A column of the event index ('label', 'episode', 'L1', ...) for each window of a batch."""
+    uid = np.asarray(batch.uid, np.uint64)
+    rows = [self._rows[key] for key in (uid[:, 0] | uid[:, 1] << np.uint64(32)).tolist()]
+    return self.store.column(column)[rows].tolist()
+
+  def captions(self, batch: EventBatch) -> list[str]:
+    """The caption that conditions each window of a batch."""
+    levels = {level: self.facts(batch, level) for level in LEVELS}
+    return [
+      pick_caption({level: texts[i] for level, texts in levels.items()}, self.config.data.window)
+      for i in range(len(batch.num_frames))
+    ]
+
+  def _by_bucket(self) -> dict[int, list[Draw]]:
+    events = pipeline.split_events(self.store, self._config)
+    if self.limit is not None and self.limit < len(events):
+      events = events[np.linspace(0, len(events) - 1, self.limit).round().astype(int)]
+    buckets = pipeline.event_buckets(self.store, self._config)
+    starts = self.store.column('start')
+    draws: dict[int, list[Draw]] = {}
+    for event in events.tolist():
+      future = self._config.data.buckets[buckets[event]]
+      draws.setdefault(future, []).append(Draw(event, future, int(starts[event])))
+    return draws
+
+  @functools.cached_property
+  def _config(self) -> ExperimentConfig:
+    """The config with its split set to this one."""
+    return dataclasses.replace(
+      self.config, data=dataclasses.replace(self.config.data, split=self.split)
+    )
+
+  @functools.cached_property
+  def _reader(self) -> WindowReader:
+    encode = make_text_encoder(self.config.model.text).encode
+    return pipeline.make_reader(self._config, self.store, self.norm, encode)
+
+  @functools.cached_property
+  def _rows(self) -> dict[int, int]:
+    return {uid: row for row, uid in enumerate(self.store.column('uid').tolist())}
+
+
+def anchor_frame(config: ExperimentConfig) -> int:
+  """Index of the last observed frame of a window."""
+  history = config.model.history if config.data.window == 'chunk' else 0
+  return config.model.steps_per_latent * history
+
+
+def observe(config: ExperimentConfig, norm: NormStats, batch: EventBatch) -> Observation:
+  """What the policy may see of a window: frames up to the anchor, and the physical state there."""
+  frames = np.asarray(batch.frames)[:, :, : anchor_frame(config) + 1]
+  state = open_loop.denormalise(batch.state, norm.state_mean, norm.state_scale).astype(np.float32)
+  return Observation(frames, state, np.asarray(batch.view_mask))
+
+
+def action_predictor(config: ExperimentConfig, params: InferenceParams, seed: int = 0) -> Predict:
+  """batch -> physical actions [B, K, A] from the trained policy.
+
+  In event mode the length of the event is given, as a caller of that mode would give it; chunks
+  have a fixed length. Batches are filled up to config.data.batch_size, so every bucket compiles
+  once.
+  """
+
+  @functools.partial(jax.jit, static_argnames='bucket')
+  def run(params, obs, text, key, length, bucket):
+    if config.data.window == 'chunk':
+      return predict_chunk(params, obs, text, key, cfg=config).chunk.actions
+    return predict_event(
+      params, obs, text, key, cfg=config, bucket=bucket, length=length
+    ).chunk.actions
+
+  return _whole_batches(config, params, run, seed)
+
+
+def video_predictor(
+  config: ExperimentConfig, params: InferenceParams, steps: int = VIDEO_STEPS, seed: int = 0
+) -> Predict:
+  """batch -> predicted frames [B, V, 1+4N, H, W, 3] in 0..1 from the anchor on.
+
+  `steps` Euler steps from noise to clean video, in both kinds of window.
+  """
+  anchor = anchor_frame(config)
+  sigmas = schedules.shifted_sigmas(steps, config.diffusion.shift)
+
+  @functools.partial(jax.jit, static_argnames='bucket')
+  def run(params, obs, text, key, length, bucket):
+    chunk = config.data.window == 'chunk'
+    window = Window.chunk(config) if chunk else Window.event(config, bucket)
+    cond = denoiser.encode_observation(params, obs, text, length, cfg=config, window=window)
+    noise = denoiser.sample_noise(key, config, len(length), window).video
+    z = denoiser.denoise_video(params, cond, noise, cfg=config, sigmas=sigmas)
+    latents = functional.denormalise_latents(denoiser.known_in_place(cond, z), params.norm)
+    # The codec is causal: the window is decoded whole, history included, and cut afterwards.
+    return functional.decode_video(config.model, latents)[:, :, anchor:]
+
+  return _whole_batches(config, params, run, seed)
+
+
+def _whole_batches(config: ExperimentConfig, params: InferenceParams, run, seed: int) -> Predict:
+  rate, anchor = config.model.steps_per_latent, anchor_frame(config)
+
+  def predict(batch: EventBatch) -> np.ndarray:
+    own = len(batch.num_frames)
+    rows = np.minimum(np.arange(max(own, config.data.batch_size)), own - 1)
+    batch = jax.tree.map(lambda x: np.asarray(x)[rows], batch)
+    length = np.maximum((batch.num_frames - 1 - anchor) // rate, 1).astype(np.int32)
+    key = jax.random.fold_in(jax.random.key(seed), int(batch.uid[0, 0]))
+    obs = observe(config, params.norm, batch)
+    bucket = batch.actions.shape[1] // rate
+    return np.asarray(run(params, obs, batch.text, key, length, bucket))[:own]
+
+  return predict
+
+
+def evaluate_actions(
+  config: ExperimentConfig,
+  params: InferenceParams,
+  store: EventStore,
+  *,
+  split: str = 'heldout',
+  limit: int | None = None,
+  seed: int = 0,
+) -> open_loop.OpenLoopResult:
+  """Open-loop action error on `split`, beside hold-still and the mean action of the training
+  split."""
+  held_out = Windows(config, store, params.norm, split, limit)
+  training = Windows(config, store, params.norm, 'train')
+  return open_loop.evaluate(
+    held_out.batches(),
+    action_predictor(config, params, seed),
+    norm=params.norm,
+    spec=config.model.action_spec,
+    mean_action=open_loop.mean_actions(training.actions()),
+    episode_of=lambda batch: held_out.facts(batch, 'episode'),
+    label_of=lambda batch: held_out.facts(batch, 'label'),
+  )
+
+
+def evaluate_video(
+  config: ExperimentConfig,
+  params: InferenceParams,
+  store: EventStore,
+  *,
+  split: str = 'heldout',
+  limit: int | None = None,
+  steps: int = VIDEO_STEPS,
+  seed: int = 0,
+) -> dict[str, video.VideoResult]:
+  """PSNR and SSIM of 'model', 'codec' (the ceiling) and 'copy_last'."""
+  predict, anchor = video_predictor(config, params, steps, seed), anchor_frame(config)
+
+  @jax.jit
+  def reconstruct(frames):
+    return functional.decode_video(config.model, functional.encode_video(config.model, frames))
+
+  def pairs():
+    for batch in Windows(config, store, params.norm, split, limit).batches():
+      frames = np.asarray(batch.frames)[:, :, anchor:]
+      truth = {
+        'frames': frames,
+        'num_frames': batch.num_frames - anchor,
+        'view_mask': batch.view_mask,
+        'pixel_mask': batch.pixel_mask,
+      }
+      yield truth, {'model': predict(batch), 'codec': np.asarray(reconstruct(frames))}
+
+  return video.evaluate(pairs())
+
+
+def samples(
+  config: ExperimentConfig,
+  params: InferenceParams,
+  store: EventStore,
+  *,
+  count: int = 3,
+  split: str = 'heldout',
+  steps: int = VIDEO_STEPS,
+  seed: int = 0,
+) -> tuple[list[VideoStrip], list[ActionTrace]]:
+  """Predicted beside true video and actions of `count` events spread over `split`, for the
+  report."""
+  windows, norm, anchor = (
+    Windows(config, store, params.norm, split, count),
+    params.norm,
+    anchor_frame(config),
+  )
+  film, act = video_predictor(config, params, steps, seed), action_predictor(config, params, seed)
+  strips, traces = [], []
+  for batch in windows.batches():
+    frames, actions = film(batch), act(batch)
+    true = open_loop.denormalise(batch.actions, norm.action_mean, norm.action_scale)
+    state = open_loop.denormalise(batch.state, norm.state_mean, norm.state_scale)
+    hold = open_loop.hold_actions(state, true.shape[1])
+    names, episodes = windows.captions(batch), windows.facts(batch, 'episode')
+    for i, (name, episode) in enumerate(zip(names, episodes)):
+      seen, end = np.flatnonzero(batch.view_mask[i]), int(batch.num_frames[i])
+      fps = store.episodes['fps'][episode].as_py() / config.data.stride
+      shown = frames[i, seen, : end - anchor]
+      views = tuple(config.model.views[v] for v in seen)
+      strips.append(VideoStrip(name, views, shown, batch.frames[i, seen, anchor:end], fps))
+      traces.append(ActionTrace(name, actions[i], true[i], hold[i], batch.action_mask[i]))
+  return strips, traces
+
+
+def measure_latency(config: ExperimentConfig, params: InferenceParams, *, calls: int = 200) -> dict:
+  """Latency of one prediction (batch 1, longest bucket) and of its parts, see
+  `latency.measure_parts`."""
+  chunk = config.data.window == 'chunk'
+  window = Window.chunk(config) if chunk else Window.event(config, config.data.buckets[-1])
+  batch = config.fake_batch(batch_size=1)
+  obs, key = observe(config, params.norm, batch), jax.random.key(0)
+  encode = jax.jit(functools.partial(denoiser.encode_observation, cfg=config, window=window))
+  imagine = jax.jit(functools.partial(denoiser.denoise_to_anchor, cfg=config))
+  read = jax.jit(functools.partial(denoiser.anchor_cache, cfg=config, window=window))
+  act = jax.jit(functools.partial(denoiser.denoise_actions, cfg=config))
+  whole = jax.jit(functools.partial(denoiser.predict, cfg=config, window=window))
+  noise = denoiser.sample_noise(key, config, 1, window)
+  cond = _ones(encode, params, obs, batch.text)
+  z = _ones(imagine, params, cond, noise.video)
+  cache, _ = _ones(read, params, cond, z)
+  parts = {
+    'encode the observation': lambda: encode(params, obs, batch.text),
+    'video to the anchor step': lambda: imagine(params, cond, noise.video),
+    'anchored video forward': lambda: read(params, cond, z)[1],
+    'actions against the cache': lambda: act(params, cond, cache, noise.action),
+    'whole prediction': lambda: whole(params, encode(params, obs, batch.text), noise).chunk.actions,
+  }
+  return latency.measure_parts(parts, calls=calls)
+
+
+def _ones(function, *args):
+  """Ones in the shapes of `function(*args)`: inputs for the next part that compile nothing."""
+  return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), jax.eval_shape(function, *args))

@@ -1,0 +1,74 @@
+"""`wallwm rollout`: one recorded attempt in the tabletop as a video."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from wallwm_jax.commands import common, evaluate
+
+WIDTH = 640  # least pixels of the written video, all views side by side
+
+
+def add_parser(verbs) -> None:
+  parser = common.add_verb(
+    verbs,
+    'rollout',
+    'let a trained policy act in the tabletop and write what the cameras saw (.mp4 or .gif)',
+    'wallwm rollout --workdir runs/quickstart/stage2 --store runs/quickstart/store '
+    '--tasks push --out push.gif',
+    run=run,
+  )
+  parser.add_argument('--workdir', required=True, help='trained run')
+  parser.add_argument('--out', required=True, help='video file, .mp4 or .gif')
+  parser.add_argument('--seed', type=int, default=0, help='scene and noise (0)')
+  evaluate.add_world(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+  import numpy as np
+
+  from wallwm_jax.types import ConfigError
+
+  out = pathlib.Path(args.out)
+  if out.suffix not in WRITERS:
+    raise ConfigError(f'--out: expected a file ending in {" or ".join(WRITERS)}, got {out.name!r}.')
+  attempts = evaluate.run_attempts(args, per_kind=1, record=True)
+  films = [np.concatenate(list(attempts.film(i)), axis=2) for i in range(len(attempts.kinds))]
+  frames = np.concatenate(films)  # attempt after attempt, views side by side
+  scale = -(-WIDTH // frames.shape[2])
+  frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  WRITERS[out.suffix](out, frames, attempts.fps)
+  succeeded = attempts.rollouts.success.tolist()
+  done = [
+    {'instruction': text, 'success': ok, 'progress': progress}
+    for text, ok, progress in zip(
+      attempts.instructions, succeeded, attempts.rollouts.progress.tolist()
+    )
+  ]
+  common.print_json({'out': out, 'frames': len(frames), 'fps': attempts.fps, 'attempts': done})
+
+
+def _write_gif(path: pathlib.Path, frames, fps: float) -> None:
+  from wallwm_jax.evaluation.page import gif
+
+  path.write_bytes(gif(frames, fps))
+
+
+def _write_mp4(path: pathlib.Path, frames, fps: float) -> None:
+  import fractions
+
+  import av
+
+  even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # chroma is halved
+  with av.open(str(path), 'w') as container:
+    stream = container.add_stream('libx264', rate=fractions.Fraction(fps).limit_denominator(1000))
+    stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], 'yuv420p'
+    stream.options = {'crf': '18'}
+    for frame in even:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+    container.mux(stream.encode())
+
+
+WRITERS = {'.mp4': _write_mp4, '.gif': _write_gif}

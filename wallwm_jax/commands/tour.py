@@ -1,0 +1,230 @@
+"""From nothing to a report: demonstrations, event store, stages 1, 2 and 5, rollouts, scores, one
+page.
+
+Every step leaves its result in the output folder and is skipped when that result is complete, so a
+quickstart that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+from rich.console import Console
+
+from wallwm_jax import presets
+from wallwm_jax.commands import attempts, evaluators
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.data.build import build_store
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.envs.tabletop import collect, tasks
+from wallwm_jax.evaluation import base, report, video
+from wallwm_jax.training import loop
+from wallwm_jax.training.checkpoints import load_inference
+
+STAGES = {'1': 'video tower', '2': 'action tower, video frozen', '5': 'both towers, chunk windows'}
+TRAINED, UNTRAINED, UNIFIED = 'event mode', 'untrained', 'unified mode'
+COLLECT_SEED, SUITE_SEED = 0, 1_000_003
+MAX_STEPS = 48  # control steps an attempt may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """How much of everything. episodes: demonstrations, drawn by `mix`; steps: optimizer steps of
+  stages 1, 2 and 5;
+  attempts: rollouts per kind of event; events: held-out events scored open loop; calls: timed calls
+  per latency."""
+
+  episodes: int
+  mix: str
+  steps: tuple[int, int, int]
+  attempts: int
+  events: int
+  calls: int
+
+
+SIZES = {
+  'full': Size(
+    episodes=900, mix='single', steps=(900, 1200, 200), attempts=24, events=192, calls=50
+  ),
+  'ci': Size(episodes=64, mix='single', steps=(40, 40, 20), attempts=4, events=24, calls=5),
+}
+
+
+def run(size: str, out: str | pathlib.Path) -> dict:
+  """The whole tour at a size of SIZES; returns what it writes to `out`/summary.json.
+
+  Raises:
+    WallWMError: whatever a step refuses; what earlier steps produced stays.
+  """
+  plan, out, console = SIZES[size], pathlib.Path(out), Console()
+  clock = _Clock(console)
+  out.mkdir(parents=True, exist_ok=True)
+  jax.config.update('jax_compilation_cache_dir', str((out / 'jax_cache').absolute()))
+
+  clock.start('collecting demonstrations in the tabletop')
+  store = _demonstrations(out / 'store', plan)
+  runs, losses = {}, {}
+  for name, steps in zip(STAGES, plan.steps, strict=True):
+    clock.start(f'training stage {name}: {STAGES[name]}')
+    previous = str(list(runs.values())[-1].workdir) if runs else ''
+    runs[name] = loop.train(_stage_config(name, steps, previous, store), out / f'stage{name}')
+    losses[f'stage {name}: {STAGES[name]}'] = report.read_curves(
+      runs[name].workdir / 'metrics.jsonl'
+    )
+
+  clock.start('acting in the tabletop')
+  event, chunk = load_inference(out / 'stage2'), load_inference(out / 'stage5')
+  results, clips = _rollouts(plan, event, chunk, store)
+  clock.start('scoring held-out events')
+  actions = evaluators.evaluate_actions(*event, store, limit=plan.events)
+  videos = evaluators.evaluate_video(*event, store, limit=plan.events)
+  strips, traces = evaluators.samples(*event, store, count=4)
+  latency = evaluators.measure_latency(*event, calls=plan.calls)
+
+  clock.start('writing the report')
+  summary = {
+    'size': size,
+    'wall_s': clock.total(),
+    'success_event': results[TRAINED].success.value,
+    'success_untrained': results[UNTRAINED].success.value,
+    'success_unified': results[UNIFIED].success.value,
+    'psnr_model': videos['model'].psnr_end,
+    'psnr_copy_last': videos['copy_last'].psnr_end,
+    'action_mae': actions.policy['mae'],
+    'action_mae_hold': actions.hold['mae'],
+    'action_mae_mean': actions.mean['mae'],
+    'stages': {
+      name: {'steps': result.step, 'workdir': result.workdir} for name, result in runs.items()
+    },
+    'seconds': clock.parts(),
+    'closed_loop': {name: result.to_json() for name, result in results.items()},
+    'video': video.to_json(videos),
+    'open_loop': actions.to_json(),
+    'latency': latency,
+    'environment': base.environment(),
+    'report': out / 'report.html',
+  }
+  page = report.Report(
+    title='wallwm quickstart',
+    subtitle='A small event-grounded world action model: trained on scripted demonstrations of '
+    'the embedded tabletop, then asked to imagine and to act.',
+    cards=_cards(summary),
+    losses=losses,
+    closed_loop=results,
+    clips=clips,
+    video=videos,
+    strips=strips,
+    open_loop=actions,
+    actions=traces,
+    latency=latency,
+    config=dataclasses.asdict(event[0]),
+    environment=base.environment(),
+  )
+  report.write_report(out / 'report.html', page)
+  base.write_json(out / 'summary.json', summary)
+  for card in page.cards:
+    console.print(f'{card.label:>28}  [bold]{card.value}[/bold]  {card.note}')
+  console.print(f'\nreport: {out / "report.html"}\nsummary: {out / "summary.json"}')
+  return summary
+
+
+def _demonstrations(path: pathlib.Path, plan: Size) -> EventStore:
+  if not (path / 'manifest.json').exists():
+    episodes = collect(plan.episodes, COLLECT_SEED, mix=plan.mix)
+    build_store(episodes, path, total=plan.episodes)
+  return EventStore(path)
+
+
+def _stage_config(name: str, steps: int, source: str, store: EventStore) -> ExperimentConfig:
+  config = presets.stage(presets.tabletop(), name, steps=steps, init_from=source)
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(store.path)))
+
+
+def _rollouts(plan: Size, event, chunk, store: EventStore):
+  """Scores of the trained, untrained and unified policies on the same scenes, and a few filmed
+  attempts.
+  """
+  suite = tasks.task_suite(jax.random.key(SUITE_SEED), tasks.SINGLE_KINDS, plan.attempts)
+  captions = attempts.caption_table(event[0], store)
+
+  def score(policy, **options):
+    return attempts.attempt(*policy, suite, captions, max_steps=MAX_STEPS, **options).score()
+
+  results = {
+    TRAINED: score(event),
+    UNTRAINED: score((event[0], attempts.untrained(*event))),
+    UNIFIED: score(chunk),
+  }
+  few = jax.tree.map(lambda x: x[:: plan.attempts], suite)
+  filmed = attempts.attempt(*event, few, captions, max_steps=MAX_STEPS, record=True)
+  clips = [
+    report.RolloutClip(text, filmed.film(i), bool(filmed.rollouts.success[i]), filmed.fps)
+    for i, text in enumerate(filmed.instructions)
+    if filmed.rollouts.attempted[i]
+  ]
+  return results, clips
+
+
+def _cards(summary: dict) -> tuple[report.Card, ...]:
+  trained, untrained = (summary['closed_loop'][name] for name in (TRAINED, UNTRAINED))
+  low, high = (round(100 * trained[f'success_{end}']) for end in ('low', 'high'))
+  interval = f'95 %: {low} to {high}, {trained["n"]} attempts'
+  gain = summary['psnr_model'] - summary['psnr_copy_last']
+  skill = summary['action_mae'] < min(summary['action_mae_hold'], summary['action_mae_mean'])
+  return (
+    report.Card(
+      'event-mode success',
+      f'{100 * trained["success"]:.0f} %',
+      interval,
+      'good'
+      if trained['success'] >= 5 * untrained['success'] and trained['success'] >= 0.5
+      else 'bad',
+    ),
+    report.Card('untrained', f'{100 * untrained["success"]:.0f} %', 'same scenes and noise'),
+    report.Card(
+      'unified-mode success', f'{100 * summary["success_unified"]:.0f} %', 'fixed chunks, stage 5'
+    ),
+    report.Card(
+      'PSNR at event end',
+      f'{summary["psnr_model"]:.1f} dB',
+      f'copy last frame: {summary["psnr_copy_last"]:.1f} dB',
+      'good' if gain > 0 else 'bad',
+    ),
+    report.Card(
+      'action error',
+      f'{summary["action_mae"]:.4f}',
+      f'hold still {summary["action_mae_hold"]:.4f}, mean {summary["action_mae_mean"]:.4f}',
+      'good' if skill else 'bad',
+    ),
+    report.Card(
+      'wall time',
+      f'{summary["wall_s"] / 60:.1f} min',
+      f'{summary["environment"]["cpus"]} CPU cores',
+    ),
+  )
+
+
+class _Clock:
+  """Numbered headlines and the seconds each part took."""
+
+  def __init__(self, console: Console):
+    self._console, self._begun, self._parts = console, time.monotonic(), []
+
+  def start(self, name: str) -> None:
+    self._parts.append((name, time.monotonic()))
+    self._console.rule(
+      f'[{len(self._parts)}] {name}  ({self.total() / 60:.1f} min so far)', align='left'
+    )
+
+  def total(self) -> float:
+    return time.monotonic() - self._begun
+
+  def parts(self) -> dict[str, float]:
+    """Seconds by part."""
+    ends = [begun for _, begun in self._parts[1:]] + [time.monotonic()]
+    return {
+      name: round(end - begun, 1) for (name, begun), end in zip(self._parts, ends, strict=True)
+    }

@@ -1,0 +1,148 @@
+"""What the robot is asked to do: atomic events, their captions, and scripts composed of them.
+
+An event is (kind, object, target): the object indexes CUBE_COLOURS; the target indexes ZONE_COLOURS for move, place
+and release, DIRECTIONS for push, and is -1 otherwise. A task is a script of up to MAX_EVENTS events plus an
+instruction. Captions are data (CAPTIONS), so that a jitted rollout can hand out int32 ids.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from wallwm_jax.envs.tabletop.mjcf import CUBE_COLOURS, NUM_CUBES, NUM_ZONES, ZONE_COLOURS
+from wallwm_jax.types import ConfigError, PRNGKey, pytree_dataclass
+
+EVENT_KINDS = ('reach', 'grasp', 'lift', 'move', 'place', 'release', 'push')
+REACH, GRASP, LIFT, MOVE, PLACE, RELEASE, PUSH = range(len(EVENT_KINDS))
+DIRECTIONS = ('left', 'right', 'forward', 'back')
+DIRECTION_VECTORS = np.array([[-1, 0], [1, 0], [0, 1], [0, -1]], np.float32)
+
+# Task kinds: the seven single events under their own names, then compositions.
+TASK_KINDS = EVENT_KINDS + ('pick', 'put', 'reach_push', 'put_push', 'put_put')
+SINGLE_KINDS = EVENT_KINDS
+MULTI_KINDS = TASK_KINDS[len(EVENT_KINDS):]
+MAX_EVENTS = 12
+
+_FIRST, _SECOND = 0, 1  # object roles; also the zone roles
+_DIRECTION, _NONE = 2, -1
+
+
+def _put(role: int) -> list[tuple[int, int, int]]:
+  return [(REACH, role, _NONE), (GRASP, role, _NONE), (LIFT, role, _NONE), (MOVE, role, role), (PLACE, role, role),
+          (RELEASE, role, role)]
+
+
+_SINGLE_TARGET = {MOVE: _FIRST, PLACE: _FIRST, RELEASE: _FIRST, PUSH: _DIRECTION}
+_TEMPLATES = [[(kind, _FIRST, _SINGLE_TARGET.get(kind, _NONE))] for kind in range(len(EVENT_KINDS))] + [
+    _put(_FIRST)[:3],
+    _put(_FIRST),
+    [(REACH, _FIRST, _NONE), (PUSH, _FIRST, _DIRECTION)],
+    _put(_FIRST) + [(REACH, _SECOND, _NONE), (PUSH, _SECOND, _DIRECTION)],
+    _put(_FIRST) + _put(_SECOND),
+]
+_LENGTHS = np.array([len(rows) for rows in _TEMPLATES], np.int32)
+_SCRIPTS = np.array([rows + [(_NONE, _NONE, _NONE)] * (MAX_EVENTS - len(rows)) for rows in _TEMPLATES], np.int32)
+
+
+@pytree_dataclass
+class Task:
+  """kind: index into TASK_KINDS; script: [MAX_EVENTS, 3] (kind, object, target), -1 beyond `length`;
+  instruction: index into CAPTIONS; recovery: start from a larger perturbation (reach and grasp only)."""
+
+  kind: Int[Array, ""]
+  script: Int[Array, "S 3"]
+  length: Int[Array, ""]
+  instruction: Int[Array, ""]
+  recovery: Bool[Array, ""]
+
+
+def _others(size: int, first: int) -> list[int]:
+  return [i for i in range(size) if i != first]
+
+
+def _build_captions() -> tuple[tuple[str, ...], np.ndarray]:
+  """All captions, and where each family starts: the event kinds, then pick, put, put_push, put_put."""
+  cube, zone, way = CUBE_COLOURS, ZONE_COLOURS, DIRECTIONS
+  puts = [f'put the {c} cube on the {z} zone' for c in cube for z in zone]
+  families = [
+      [f'reach the {c} cube' for c in cube],
+      [f'grasp the {c} cube' for c in cube],
+      [f'lift the {c} cube' for c in cube],
+      [f'move the {c} cube over the {z} zone' for c in cube for z in zone],
+      [f'place the {c} cube on the {z} zone' for c in cube for z in zone],
+      [f'release the {c} cube' for c in cube],
+      [f'push the {c} cube {d}' for c in cube for d in way],
+      [f'pick up the {c} cube' for c in cube],
+      puts,
+      [f'{puts[a * NUM_ZONES + z]}, then push the {cube[b]} cube {d}' for a, z in
+       itertools.product(range(NUM_CUBES), range(NUM_ZONES)) for b in _others(NUM_CUBES, a) for d in way],
+      [f'{puts[a * NUM_ZONES + z]}, then the {cube[b]} cube on the {zone[y]} zone' for a, z in
+       itertools.product(range(NUM_CUBES), range(NUM_ZONES)) for b in _others(NUM_CUBES, a)
+       for y in _others(NUM_ZONES, z)],
+  ]
+  offsets = np.cumsum([0] + [len(family) for family in families[:-1]]).astype(np.int32)
+  return tuple(itertools.chain.from_iterable(families)), offsets
+
+
+CAPTIONS, _OFFSETS = _build_captions()
+_PICK, _PUT, _PUT_PUSH, _PUT_PUT = range(len(EVENT_KINDS), len(EVENT_KINDS) + 4)
+
+
+def event_caption(event: Int[Array, "3"]) -> Int[Array, ""]:
+  """Index into CAPTIONS of one event row (kind, object, target); a row of -1 gives caption 0."""
+  kind, obj, target = jnp.maximum(event, 0)
+  stride = jnp.asarray([1, 1, 1, NUM_ZONES, NUM_ZONES, 1, len(DIRECTIONS)])[kind]
+  return (jnp.asarray(_OFFSETS)[kind] + obj * stride + jnp.where(stride > 1, target, 0)).astype(jnp.int32)
+
+
+def _instruction(kind, script, objects, zones, way):
+  """CAPTIONS index of a task's instruction from what was drawn for its roles."""
+  a, b = objects
+  z, y = zones
+  put = a * NUM_ZONES + z
+  other = b - (b > a)
+  put_push = (put * (NUM_CUBES - 1) + other) * len(DIRECTIONS) + way
+  put_put = (put * (NUM_CUBES - 1) + other) * (NUM_ZONES - 1) + y - (y > z)
+  single = event_caption(script[0])
+  push = event_caption(jnp.stack([jnp.int32(PUSH), a, way]))
+  compositions = [_OFFSETS[_PICK] + a, _OFFSETS[_PUT] + put, push, _OFFSETS[_PUT_PUSH] + put_push,
+                  _OFFSETS[_PUT_PUT] + put_put]
+  table = jnp.stack([single] * len(EVENT_KINDS) + [jnp.asarray(c, jnp.int32) for c in compositions])
+  return table[kind]
+
+
+def sample_task(key: PRNGKey, kind: int | str | Int[Array, ""], recovery: bool | Bool[Array, ""] = False) -> Task:
+  """A random task of one kind (a name or index of TASK_KINDS; the index may be traced).
+
+  Raises:
+    ConfigError: unknown kind name.
+  """
+  if isinstance(kind, str):
+    if kind not in TASK_KINDS:
+      raise ConfigError(f'task kind: expected one of {TASK_KINDS}, got {kind!r}.')
+    kind = TASK_KINDS.index(kind)
+  kind = jnp.asarray(kind, jnp.int32)
+  cube_key, zone_key, way_key = jax.random.split(key, 3)
+  objects = jax.random.permutation(cube_key, NUM_CUBES)[:2].astype(jnp.int32)
+  zones = jax.random.permutation(zone_key, NUM_ZONES)[:2].astype(jnp.int32)
+  way = jax.random.randint(way_key, (), 0, len(DIRECTIONS), jnp.int32)
+  roles = jnp.asarray(_SCRIPTS)[kind]
+  obj = jnp.where(roles[:, 1] >= 0, objects[jnp.maximum(roles[:, 1], 0)], -1)
+  target = jnp.concatenate([zones, way[None]])[jnp.maximum(roles[:, 2], 0)]
+  script = jnp.stack([roles[:, 0], obj, jnp.where(roles[:, 2] >= 0, target, -1)], -1)
+  return Task(kind, script, jnp.asarray(_LENGTHS)[kind], _instruction(kind, script, objects, zones, way),
+              jnp.asarray(recovery))
+
+
+def task_suite(key: PRNGKey, kinds: tuple[str, ...] = SINGLE_KINDS, per_kind: int = 8) -> Task:
+  """`per_kind` random tasks of each kind, in the order of `kinds`: a Task whose leaves have a leading axis."""
+  unknown = [kind for kind in kinds if kind not in TASK_KINDS]
+  if unknown or not kinds:
+    raise ConfigError(f'task kinds: expected some of {TASK_KINDS}, got {kinds}.')
+  ids = jnp.repeat(jnp.asarray([TASK_KINDS.index(kind) for kind in kinds], jnp.int32), per_kind)
+  return jax.vmap(sample_task)(jax.random.split(key, len(ids)), ids)

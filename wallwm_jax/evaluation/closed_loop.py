@@ -1,0 +1,100 @@
+"""Closed-loop scores from arrays of rollouts: success with Wilson intervals, progress with
+bootstrap ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from wallwm_jax.evaluation.base import Interval, bootstrap_interval, wilson_interval
+from wallwm_jax.types import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedLoopResult:
+  """Scores of n rollouts.
+
+  success: rate; progress: mean task progress 0..100; by_kind: {kind: (success, progress)} in order
+  of first appearance; macro_success: mean of the kinds' success rates.
+  """
+
+  n: int
+  success: Interval
+  progress: Interval
+  by_kind: dict[str, tuple[Interval, Interval]]
+  macro_success: float
+
+  def to_json(self) -> dict:
+    """Flat keys for scripts: success, success_low, success_high, progress, ..., n, kinds."""
+    kinds = {kind: _flat(*pair) for kind, pair in self.by_kind.items()}
+    return _flat(self.success, self.progress) | {
+      'macro_success': self.macro_success,
+      'kinds': kinds,
+    }
+
+
+def _flat(success: Interval, progress: Interval) -> dict:
+  return {
+    'n': success.n,
+    'success': success.value,
+    'success_low': success.low,
+    'success_high': success.high,
+    'progress': progress.value,
+    'progress_low': progress.low,
+    'progress_high': progress.high,
+  }
+
+
+def evaluate(success, progress, kinds: Sequence[str] | None = None) -> ClosedLoopResult:
+  """Scores rollouts.
+
+  Args:
+    success: [n] bool; progress: [n] in 0..100; kinds: [n] names (event kinds, tasks), None = one
+      kind.
+
+  Raises:
+    DataError: no rollouts, lengths that differ, progress outside 0..100 or not finite.
+  """
+  success, progress = np.asarray(success, bool), np.asarray(progress, np.float64)
+  kinds = np.asarray(['all'] * len(success) if kinds is None else list(kinds))
+  if success.ndim != 1 or not len(success) or not len(success) == len(progress) == len(kinds):
+    raise DataError(
+      f'closed-loop evaluation: expected success, progress and kinds [n] with n >= 1, got '
+      f'{success.shape}, {progress.shape}, {kinds.shape}.'
+    )
+  if not (np.isfinite(progress) & (progress >= 0) & (progress <= 100)).all():
+    raise DataError(
+      f'closed-loop evaluation: expected progress in 0..100, got {progress.min()} to '
+      f'{progress.max()}.'
+    )
+
+  def score(chosen):
+    wins, trials = int(success[chosen].sum()), int(chosen.sum())
+    return wilson_interval(wins, trials), bootstrap_interval(progress[chosen])
+
+  by_kind = {kind: score(kinds == kind) for kind in dict.fromkeys(kinds.tolist())}
+  overall = score(np.ones(len(success), bool))
+  macro = float(np.mean([pair[0].value for pair in by_kind.values()]))
+  return ClosedLoopResult(len(success), *overall, by_kind, macro)
+
+
+def mcnemar(first, second) -> float:
+  """Exact two-sided p-value that two policies succeed equally often on the same n seeds.
+
+  Args:
+    first, second: [n] bool successes, paired.
+
+  Source: McNemar (1947), exact binomial form.
+  """
+  first, second = np.asarray(first, bool), np.asarray(second, bool)
+  if first.shape != second.shape or first.ndim != 1:
+    raise DataError(
+      f'mcnemar: expected paired successes [n], got {first.shape} and {second.shape}.'
+    )
+  only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+  discordant = only_first + only_second
+  tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
+  return min(1.0, 2 * tail / 2**discordant)

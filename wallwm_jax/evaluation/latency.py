@@ -1,0 +1,50 @@
+"""Wall-clock latency of compiled functions, measured after the result has reached host memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from wallwm_jax.evaluation.base import device_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+  """Milliseconds per call over n calls after warm-up; first_ms is the very first call
+  (compilation)."""
+
+  p50_ms: float
+  p90_ms: float
+  p99_ms: float
+  max_ms: float
+  first_ms: float
+  n: int
+
+
+def measure(call: Callable[[], Any], *, calls: int = 200, warmup: int = 3) -> Latency:
+  """Times `call()`, which returns arrays: each call ends when its result lies in host memory."""
+  first = _timed(call)
+  for _ in range(warmup):
+    _timed(call)
+  times = np.array([_timed(call) for _ in range(calls)])
+  p50, p90, p99 = np.percentile(times, [50, 90, 99])
+  return Latency(float(p50), float(p90), float(p99), float(times.max()), first, calls)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  jax.device_get(jax.block_until_ready(call()))
+  return 1e3 * (time.perf_counter() - start)
+
+
+def measure_parts(
+  parts: Mapping[str, Callable[[], Any]], *, calls: int = 200, warmup: int = 3
+) -> dict[str, Any]:
+  """{'device': name, 'parts': {name: Latency}} of each named call."""
+  timed = {name: measure(call, calls=calls, warmup=warmup) for name, call in parts.items()}
+  return {'device': device_name(), 'parts': timed}

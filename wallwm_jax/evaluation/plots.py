@@ -1,0 +1,152 @@
+"""Figures of the report as PNG bytes (Matplotlib without a display)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from wallwm_jax.evaluation.base import Interval
+from wallwm_jax.geometry.poses import POSE_WIDTH, geodesic_angle, rot6d_to_matrix
+
+INK, SOFT, LINE = '#16202e', '#5b6778', '#dfe4ea'
+BLUE, ORANGE, GREY, GREEN, PURPLE = '#2563c9', '#d9762b', '#9aa5b4', '#1d7f55', '#7b4fb5'
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+
+
+def loss_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
+  """One panel per stage: every curve, faint as logged and bold smoothed."""
+  figure, axes = _panels(len(stages), width=5.2, height=2.9, columns=2)
+  for axis, (stage, curves) in zip(axes, stages.items()):
+    for color, (name, (steps, values)) in zip(SERIES, curves.items()):
+      axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+      axis.plot(steps, smooth(values), color=color, linewidth=1.8, label=name)
+    if all((np.asarray(v) > 0).all() for _, v in curves.values()):
+      axis.set_yscale('log')
+      axis.yaxis.set_major_formatter('{x:g}')
+      axis.yaxis.set_minor_formatter('{x:.2g}')
+    axis.set_title(stage)
+    axis.set_xlabel('optimizer step')
+    axis.legend(frameon=False)
+  return _render(figure)
+
+
+def smooth(values, span: float = 0.05) -> np.ndarray:
+  """Centred running mean over `span` of the curve, shrinking at its ends."""
+  values = np.asarray(values, np.float64)
+  half = int(len(values) * span / 2)
+  total = np.concatenate([[0.0], np.cumsum(values)])
+  centre = np.arange(len(values))
+  low, high = np.maximum(centre - half, 0), np.minimum(centre + half + 1, len(values))
+  return (total[high] - total[low]) / (high - low)
+
+
+def action_traces(predicted, true, mask, hold) -> bytes:
+  """One event: position per axis, rotation from the anchor and gripper over the action steps.
+
+  Args:
+    predicted, true, hold: [K, A] physical, relative to the anchor; mask: [K, A], True = supervised.
+  """
+  arms = true.shape[-1] // POSE_WIDTH
+  figure, axes = _panels(5 * arms, width=2.15, height=2.2, columns=5)
+  styles = (
+    ('held still', hold, {'color': GREY, 'linestyle': ':'}),
+    ('demonstrated', true, {'color': INK}),
+    ('predicted', predicted, {'color': BLUE, 'linestyle': '--'}),
+  )
+  steps = np.arange(1, len(true) + 1)
+  for arm in range(arms):
+    part = slice(POSE_WIDTH * arm, POSE_WIDTH * (arm + 1))
+    shown = np.asarray(mask)[:, part].any(-1)
+    for label, actions, style in styles:
+      panels = _channels(np.asarray(actions)[:, part])
+      for axis, (title, values) in zip(axes[5 * arm :], panels.items()):
+        axis.plot(steps[shown], values[shown], linewidth=1.6, label=label, **style)
+        axis.set_title(title if arms == 1 else f'arm {arm + 1}: {title}')
+        axis.set_xlabel('step')
+    axes[5 * arm + 4].set_ylim(-0.08, 1.08)
+  _legend_above(figure, axes[0])
+  return _render(figure)
+
+
+def _channels(actions: np.ndarray) -> dict[str, np.ndarray]:
+  """Plotted quantities of one arm's relative actions [K, 10]."""
+  turned = geodesic_angle(np.eye(3), rot6d_to_matrix(actions[:, 3:9].astype(np.float64)))
+  position = {f'{name} [cm]': 100 * actions[:, i] for i, name in enumerate('xyz')}
+  return position | {'rotation [deg]': np.degrees(turned), 'gripper': actions[:, 9]}
+
+
+def success_bars(policies: Mapping[str, Mapping[str, Interval]]) -> bytes:
+  """Grouped bars with confidence intervals: {policy: {kind: Interval}}; kinds of the first
+  policy."""
+  kinds = list(next(iter(policies.values())))
+  figure, (axis,) = _panels(1, width=max(5.0, 1.3 * len(kinds) + 2), height=3.2, columns=1)
+  width = 0.8 / len(policies)
+  for i, (color, (policy, scores)) in enumerate(zip((BLUE, GREY, ORANGE, GREEN), policies.items())):
+    shown = [k for k in kinds if k in scores]
+    x = np.array([kinds.index(k) for k in shown]) + (i - (len(policies) - 1) / 2) * width
+    rate = np.array([scores[k].value for k in shown])
+    error = np.array([[s.value - s.low, s.high - s.value] for s in (scores[k] for k in shown)]).T
+    axis.bar(x, 100 * rate, 0.92 * width, color=color, label=policy)
+    axis.errorbar(x, 100 * rate, 100 * error, fmt='none', ecolor=INK, elinewidth=1, capsize=2.5)
+  axis.set_xticks(range(len(kinds)), kinds)
+  axis.set_ylim(0, 105)
+  axis.set_ylabel('success [%]')
+  axis.grid(visible=False, axis='x')
+  _legend_above(figure, axis)
+  return _render(figure)
+
+
+def horizon_curves(
+  curves: Mapping[str, Mapping[str, Sequence[float]]], fps: float | None = None
+) -> bytes:
+  """One panel per metric: {metric: {predictor: [T]}} over the frames of the window (NaN =
+  observed)."""
+  figure, axes = _panels(len(curves), width=5.2, height=2.9, columns=2)
+  for axis, (metric, predictors) in zip(axes, curves.items()):
+    for color, (name, values) in zip(SERIES, predictors.items()):
+      values = np.asarray(values, np.float64)
+      x = np.arange(len(values)) / (fps or 1)
+      axis.plot(x, values, color=color, linewidth=1.8, marker='o', markersize=3, label=name)
+    axis.set_title(metric)
+    axis.set_xlabel('s after the observation' if fps else 'frame')
+  _legend_above(figure, axes[0])
+  return _render(figure)
+
+
+def _panels(count: int, width: float, height: float, columns: int):
+  """A figure with `count` styled axes, at most `columns` side by side."""
+  columns = min(columns, count)
+  rows = -(-count // columns)
+  figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+  for axis in axes:
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.spines[['left', 'bottom']].set_color(LINE)
+    axis.grid(visible=True, color=LINE, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(which='both', colors=SOFT, labelsize=8, length=0)
+    axis.xaxis.label.set(color=SOFT, size=9)
+    axis.yaxis.label.set(color=SOFT, size=9)
+    axis.title.set(color=INK, size=10)
+  return figure, axes
+
+
+def _legend_above(figure: Figure, axis) -> None:
+  """One legend for the whole figure, outside the axes."""
+  handles, labels = axis.get_legend_handles_labels()
+  figure.legend(
+    handles, labels, loc='outside upper left', ncols=len(labels), frameon=False, fontsize=9
+  )
+
+
+def _render(figure: Figure) -> bytes:
+  out = io.BytesIO()
+  figure.savefig(out, format='png', dpi=150, facecolor='white')
+  return out.getvalue()

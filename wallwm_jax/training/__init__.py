@@ -1,0 +1,1 @@
+"""Training: stages and losses, the sharded step, checkpoints, metrics and the loop."""

@@ -1,0 +1,285 @@
+"""Checkpoints: what a run needs to go on bit for bit, and what a rollout needs to start.
+
+One Orbax step directory holds these items:
+  params, ema   the model, and the running average of its trainable subtrees (inference reads these)
+  optimizer     optimizer state, step and root key
+  data          state of the data iterator, the same on every host
+  norm, config  normalisation statistics and the experiment config
+  meta          format version, shape of every leaf, model fingerprint, process count
+
+A step directory appears by one rename once it is whole: what a crash or a full disk leaves behind
+is never listed, and older steps go only after the new one is in place.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from wallwm_jax.config import ExperimentConfig, from_config_dict
+from wallwm_jax.training.state import TrainState, param_shapes
+from wallwm_jax.types import CheckpointError, InferenceParams, NormStats, Params
+
+FORMAT = 1
+DIRECTORY = 'checkpoints'
+_ARRAYS = ('params', 'ema', 'optimizer')
+_SHOWN = 8  # differing paths listed in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """One restored checkpoint: everything `Checkpoints.save` was given."""
+
+  state: TrainState
+  data: Any
+  norm: NormStats
+  config: ExperimentConfig
+
+
+class Checkpoints:
+  """The checkpoints of one workdir, written by its training run; a context manager."""
+
+  def __init__(self, workdir: str | os.PathLike, keep: int):
+    """Opens (and creates) workdir/checkpoints, clearing away what interrupted writes left there;
+    the newest `keep` checkpoints are kept."""
+    self.path = pathlib.Path(workdir).absolute() / DIRECTORY
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.path, options=options)
+
+  def latest_step(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState, data: Any, norm: NormStats, config: ExperimentConfig) -> int:
+    """Writes one checkpoint and waits until it is durable; returns its step.
+
+    Args:
+      data: JSON-like or bytes state of the data iterator after the batch of this step.
+
+    Raises:
+      CheckpointError: the write failed (a full disk, say); every earlier checkpoint is untouched.
+    """
+    step = int(jax.device_get(state.step))
+    items = _items(state)
+    leaves = {name: _table(items[name]) for name in _ARRAYS}
+    meta = {'format': FORMAT, 'leaves': leaves, 'fingerprint': fingerprint(state.params),
+            'processes': jax.process_count()}
+    args = ocp.args.Composite(
+        **{name: ocp.args.StandardSave(items[name]) for name in _ARRAYS},
+        data=ocp.args.JsonSave(_encode_data(data)),
+        norm=ocp.args.JsonSave(norm_to_json(norm)),
+        config=ocp.args.JsonSave(dataclasses.asdict(config)),
+        meta=ocp.args.JsonSave(meta),
+    )
+    try:
+      self._manager.save(step, args=args, force=True)
+      self._manager.wait_until_finished()
+    except Exception as error:  # the storage layers raise many types for one full disk
+      for partial in self.path.glob(f'{step}.*tmp*'):
+        shutil.rmtree(partial, ignore_errors=True)
+      raise CheckpointError(
+          f'checkpoint {self.path / str(step)} could not be written: {error}. Complete ones: '
+          f'{_steps(self.path)}. Free some space and start the run again; it resumes.') from error
+    return step
+
+  def restore(self, abstract: TrainState, step: int | None = None) -> Snapshot:
+    """The newest (or a given) checkpoint on the devices and shardings of `abstract`, of any mesh.
+
+    Raises:
+      CheckpointError: no such checkpoint, it cannot be read, or it holds another model or another
+        optimizer (the differing paths are named).
+    """
+    step = self.latest_step() if step is None else step
+    meta = _read_meta(self._manager, self.path, step)
+    items = _items(abstract)
+    for name in _ARRAYS:
+      _check_leaves(meta['leaves'][name], _table(items[name]), f'{self.path / str(step)}/{name}')
+    restored = _restore(self._manager, step, {
+        **{name: ocp.args.StandardRestore(items[name]) for name in _ARRAYS},
+        **{name: ocp.args.JsonRestore() for name in ('data', 'norm', 'config')}})
+    optimizer = restored['optimizer']
+    state = TrainState(optimizer['step'], restored['params'], restored['ema'],
+                       optimizer['opt_state'], optimizer['key'])
+    return Snapshot(state, _decode_data(restored['data']), norm_from_json(restored['norm']),
+                    _config_from_json(restored['config']))
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._manager.close()
+
+
+def load_inference(
+    workdir: str | os.PathLike, step: int | None = None
+) -> tuple[ExperimentConfig, InferenceParams]:
+  """The config, EMA weights and normalisation statistics of a workdir, on the default device.
+
+  Raises:
+    CheckpointError: no complete checkpoint (or not that step), or one of another format.
+  """
+  manager, path, step = _open(workdir, step)
+  with manager:
+    meta = _read_meta(manager, path, step)
+    config, norm = _load_context(manager, step)
+    shapes = param_shapes(config)
+    _check_leaves(meta['leaves']['params'], _table(shapes), f'{path / str(step)}/params')
+    return config, InferenceParams(_load_params(manager, step, meta, shapes), norm)
+
+
+def load_source(path: str | os.PathLike) -> tuple[ExperimentConfig, NormStats]:
+  """Config and statistics of the run that `train.init_from` names."""
+  manager, _, step = _open(path, None)
+  with manager:
+    return _load_context(manager, step)
+
+
+def load_params_for_init(path: str | os.PathLike, target: Params) -> Params:
+  """EMA weights of another run for the top-level subtrees of `target` that it has.
+
+  Args:
+    path: a workdir (its newest checkpoint) or one step directory.
+    target: ShapeDtypeStructs, with the shardings the result shall have.
+
+  Raises:
+    CheckpointError: no complete checkpoint at `path`, or a shared subtree of another shape.
+  """
+  manager, root, step = _open(path, None)
+  with manager:
+    meta = _read_meta(manager, root, step)
+    stored = {name.split('/')[0] for name in meta['leaves']['params']}
+    shared = {name: tree for name, tree in target.items() if name in stored}
+    expected = {leaf: shape for leaf, shape in meta['leaves']['params'].items()
+                if leaf.split('/')[0] in shared}
+    _check_leaves(expected, _table(shared), f'{root / str(step)}/params')
+    return _load_params(manager, step, meta, shared)
+
+
+def fingerprint(params: Params) -> str:
+  """Hex digest of the paths, shapes and dtypes of a parameter tree: the identity of a model."""
+  return hashlib.sha256(json.dumps(_table(params), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def norm_to_json(norm: NormStats) -> dict[str, list[float]]:
+  """Statistics as lists of floats; exact in both directions."""
+  return {f.name: np.asarray(getattr(norm, f.name)).tolist() for f in dataclasses.fields(norm)}
+
+
+def norm_from_json(values: dict[str, list[float]]) -> NormStats:
+  """Inverse of `norm_to_json`, float32 NumPy."""
+  return NormStats(**{name: np.asarray(x, np.float32) for name, x in values.items()})
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  optimizer = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
+  return {'params': state.params, 'ema': state.ema, 'optimizer': optimizer}
+
+
+def _load_context(manager, step: int) -> tuple[ExperimentConfig, NormStats]:
+  restored = _restore(
+      manager, step, {name: ocp.args.JsonRestore() for name in ('config', 'norm')})
+  return _config_from_json(restored['config']), norm_from_json(restored['norm'])
+
+
+def _load_params(manager, step: int, meta, shapes: Params) -> Params:
+  """`shapes` restored from the running average where there is one, else from the weights."""
+  averaged = {name.split('/')[0] for name in meta['leaves']['ema']}
+  here = SingleDeviceSharding(jax.devices()[0])
+  targets = jax.tree.map(
+      lambda s: s if s.sharding else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+  result = {}
+  for item, names in (('ema', averaged), ('params', shapes.keys() - averaged)):
+    part = {name: tree for name, tree in targets.items() if name in names}
+    if part:
+      args = ocp.args.PyTreeRestore(
+          part, restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+          partial_restore=True)
+      result |= _restore(manager, step, {item: args})[item]
+  return result
+
+
+def _open(path, step: int | None) -> tuple[ocp.CheckpointManager, pathlib.Path, int]:
+  """A read-only manager for a workdir or a step directory, and the step to read."""
+  root = pathlib.Path(path).absolute()
+  if root.name.isdigit() and root.parent.name == DIRECTORY:
+    root, step = root.parent, int(root.name)
+  elif root.name != DIRECTORY:
+    root = root / DIRECTORY
+  steps = _steps(root)
+  step = max(steps, default=None) if step is None else step
+  if step not in steps:
+    wanted = 'a complete checkpoint' if step is None else f'step {step}'
+    raise CheckpointError(f'{root}: expected {wanted}, found steps {steps}. Is this a workdir that '
+                          '`wallwm train` wrote?')
+  manager = ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True))
+  return manager, root, step
+
+
+def _steps(root: pathlib.Path) -> list[int]:
+  return sorted(int(p.name) for p in root.glob('*') if p.name.isdigit())
+
+
+def _restore(manager, step: int, args: dict[str, Any]):
+  try:
+    return manager.restore(step, args=ocp.args.Composite(**args))
+  except Exception as error:  # tensorstore, JSON and OS errors alike mean unreadable bytes
+    raise CheckpointError(f'checkpoint {manager.directory / str(step)} cannot be read ({error}). '
+                          'Use an older step or train again.') from error
+
+
+def _read_meta(manager, path: pathlib.Path, step: int | None) -> dict[str, Any]:
+  if step is None or step not in manager.all_steps():
+    raise CheckpointError(f'{path}: expected a checkpoint of step {step}, found {_steps(path)}.')
+  meta = _restore(manager, step, {'meta': ocp.args.JsonRestore()})['meta']
+  if meta.get('format') != FORMAT:
+    raise CheckpointError(f'checkpoint {path / str(step)}: expected format {FORMAT}, got '
+                          f'{meta.get("format")}. Use the version of wallwm_jax that wrote it.')
+  return meta
+
+
+def _table(tree) -> dict[str, list]:
+  """{path: [shape, dtype]} of every leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(x.shape), str(x.dtype)]
+          for path, x in leaves}
+
+
+def _check_leaves(stored: dict[str, list], here: dict[str, list], where: str) -> None:
+  """Raises CheckpointError unless both tables agree, naming the paths that differ."""
+  absent = 'absent'
+  paths = sorted(stored.keys() | here.keys())
+  differing = [f'  {path}: expected {here.get(path, absent)}, got {stored.get(path, absent)}'
+               for path in paths if stored.get(path) != here.get(path)]
+  if differing:
+    more = f'\n  ... and {len(differing) - _SHOWN} more' if len(differing) > _SHOWN else ''
+    raise CheckpointError(
+        f'checkpoint {where} is of another model or optimizer, {len(differing)} leaves differ:\n'
+        + '\n'.join(differing[:_SHOWN]) + more
+        + '\nUse the config it was trained with, or another workdir.')
+
+
+def _encode_data(data: Any) -> dict[str, Any]:
+  if isinstance(data, bytes):
+    return {'bytes': base64.b64encode(data).decode()}
+  return {'state': data}
+
+
+def _decode_data(data: dict[str, Any]) -> Any:
+  return base64.b64decode(data['bytes']) if 'bytes' in data else data['state']
+
+
+def _config_from_json(values: dict[str, Any]) -> ExperimentConfig:
+  return from_config_dict(ml_collections.ConfigDict(values))

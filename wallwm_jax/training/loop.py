@@ -1,0 +1,219 @@
+"""The training run: one function, read top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from jax.sharding import NamedSharding, PartitionSpec
+
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.data import pipeline, stats
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.models import functional
+from wallwm_jax.models.text_encoder import make_text_encoder
+from wallwm_jax.optim import format_table, route
+from wallwm_jax.parallel import distributed, rules
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training import checkpoints
+from wallwm_jax.training.metrics import MetricLogger
+from wallwm_jax.training.stages import STAGES, stage_of, trainable_mask
+from wallwm_jax.training.state import (
+    TrainState,
+    abstract_state,
+    build_optimizer,
+    count,
+    init_state,
+    param_shapes,
+)
+from wallwm_jax.training.step import make_train_step
+from wallwm_jax.types import EventBatch, NormStats
+
+NORM_FILE = 'norm_stats.json'
+_PREFETCH = 2  # batches put on the devices ahead of the step that reads them
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """What a run left behind: the last step, the record of every logged interval, and where it is."""
+
+  step: int
+  history: tuple[dict[str, Any], ...]
+  workdir: pathlib.Path
+  checkpoint: pathlib.Path
+
+
+def train(
+    config: ExperimentConfig, workdir: str | os.PathLike, *, progress: bool = True,
+    on_log: Callable[[dict[str, Any]], None] | None = None
+) -> TrainResult:
+  """Trains one stage until `train.steps`, resuming from the newest checkpoint of `workdir` if any.
+
+  A resumed run continues bit for bit: parameters, averages, optimizer, step, randomness and the
+  next batch. A checkpoint is written every `train.checkpoint_every` steps and at the end.
+
+  Args:
+    workdir: created if needed; receives checkpoints/, norm_stats.json, metrics.jsonl, tensorboard/.
+    progress: show a progress line. on_log: called with each record as it is written.
+
+  Raises:
+    ConfigError, DataError, CheckpointError, StatsMismatchError: see the message.
+    NonFiniteLossError: the loss diverged; nothing diverged has been saved.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  workdir.mkdir(parents=True, exist_ok=True)
+  stage_of(config)
+  if config.train.compile_cache:
+    jax.config.update('jax_compilation_cache_dir', config.train.compile_cache)
+
+  mesh = make_mesh(config.mesh)
+  rules.check_rules(param_shapes(config), mesh, config.mesh.rules)
+  optimizer = build_optimizer(config)
+  abstract = abstract_state(config, optimizer, mesh)
+  store = EventStore(config.data.store)
+
+  step_fn = make_train_step(config, mesh, optimizer, abstract)
+
+  with checkpoints.Checkpoints(workdir, config.train.keep) as saved:
+    resumed = saved.restore(abstract) if saved.latest_step() is not None else None
+    norm = _norm_stats(config, workdir, store, resumed)
+    batches = _open_batches(config, store, norm, mesh)
+    if resumed is not None:
+      state = resumed.state
+      batches.set_state(resumed.data)
+    else:
+      state = init_state(config, optimizer, abstract, _initial_params(config, abstract))
+    start = int(state.step)
+
+    norm_on_device = jax.device_put(norm, NamedSharding(mesh, PartitionSpec()))
+    feed = prefetch(batches, functools.partial(_put, config=config, mesh=mesh), _PREFETCH)
+    log = MetricLogger(_log_dir(workdir), config, start, mesh.size, progress, on_log)
+    with contextlib.closing(batches), log, jax.transfer_guard('disallow'):
+      for step in range(start + 1, config.train.steps + 1):
+        batch, data_state = next(feed)
+        state, metrics = step_fn(state, batch, norm_on_device)
+        log.add(step, metrics, bucket=batch.actions.shape[1] // config.model.steps_per_latent)
+        if step % config.train.checkpoint_every == 0 or step == config.train.steps:
+          with log.settled(), jax.transfer_guard('allow'):
+            saved.save(state, data_state, norm, config)
+    final = saved.latest_step()  # steps beyond the config's, if the workdir had them already
+    return TrainResult(final, tuple(log.history), workdir, saved.path / str(final))
+
+
+def prefetch(
+    batches: Any, put: Callable[[EventBatch], EventBatch], size: int
+) -> Iterator[tuple[EventBatch, Any]]:
+  """Yields (batch on the devices, iterator state after that batch), `size` batches ahead.
+
+  Steps are dispatched asynchronously, so reading the next batch overlaps the running step. The
+  state belongs to the yielded batch, not to those read ahead: a resume neither drops nor repeats.
+  """
+  ahead: collections.deque = collections.deque()
+  while True:
+    while len(ahead) < size:
+      batch = next(batches, None)
+      if batch is None:
+        break
+      ahead.append((put(batch), batches.get_state()))
+    if not ahead:
+      return
+    yield ahead.popleft()
+
+
+def _put(batch: EventBatch, *, config: ExperimentConfig, mesh) -> EventBatch:
+  shardings = rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
+  return distributed.put_batch(batch, shardings)
+
+
+def _open_batches(config: ExperimentConfig, store: EventStore, norm: NormStats, mesh):
+  encode_text = make_text_encoder(config.model.text).encode
+  index, count = distributed.data_shard(mesh, config.mesh.rules, config.data.batch_size)
+  return pipeline.make_dataset(
+      config, store, norm, encode_text, process_index=index, process_count=count)
+
+
+def _log_dir(workdir: pathlib.Path) -> pathlib.Path:
+  """The workdir for the main process; each other one keeps its own records inside it."""
+  if distributed.is_main_process():
+    return workdir
+  path = workdir / 'processes' / str(jax.process_index())
+  path.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+def _initial_params(config: ExperimentConfig, abstract: TrainState):
+  if not config.train.init_from:
+    return None
+  return checkpoints.load_params_for_init(config.train.init_from, abstract.params)
+
+
+def _norm_stats(
+    config: ExperimentConfig, workdir: pathlib.Path, store: EventStore,
+    resumed: checkpoints.Snapshot | None
+) -> NormStats:
+  """The statistics of this run, also in workdir/norm_stats.json.
+
+  A resumed run keeps those of its checkpoint. A new one computes them from its store, except for
+  what the weights of `train.init_from` were trained with: latent statistics always, those of state
+  and actions if that run trained the action tower (whatever the data: the weights know no other).
+
+  Raises:
+    StatsMismatchError: the file and the checkpoint to resume disagree.
+  """
+  path = workdir / NORM_FILE
+  if resumed is not None:
+    norm = resumed.norm
+    if path.exists():
+      stats.check_match(norm, stats.load(path))
+  else:
+    encode = jax.jit(functools.partial(functional.encode_video, config.model))
+    norm = stats.compute(store, config, lambda frames: np.asarray(encode(frames)))
+    if config.train.init_from:
+      norm = _inherit(norm, *checkpoints.load_source(config.train.init_from))
+  if distributed.is_main_process():
+    stats.save(norm, path)
+  return norm
+
+
+def _inherit(norm: NormStats, source: ExperimentConfig, theirs: NormStats) -> NormStats:
+  names = ['latent_mean', 'latent_scale']
+  if 'action' in STAGES[source.train.stage].trainable:
+    names += ['action_mean', 'action_scale', 'state_mean', 'state_scale']
+  return dataclasses.replace(norm, **{name: getattr(theirs, name) for name in names})
+
+
+def dry_run(config: ExperimentConfig) -> str:
+  """What a run would do, without data or allocation: routing, shardings and parameter counts.
+
+  Raises:
+    ConfigError: everything `train` would refuse about model, stage, rules and mesh.
+  """
+  stage_of(config)
+  shapes, mesh = param_shapes(config), make_mesh(config.mesh)
+  rules.check_rules(shapes, mesh, config.mesh.rules)
+  mask = trainable_mask(shapes, config.train.stage)
+  placed = rules.param_shardings(shapes, mesh, config.mesh.rules)
+  table = rich.table.Table('parameter', 'shape', 'sharding', box=None)
+  for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    table.add_row(name, str(leaf.shape), str(sharding.spec))
+  console = rich.console.Console(width=120)
+  with console.capture() as text:
+    console.print(f'stage {config.train.stage} on mesh {dict(mesh.shape)}', highlight=False)
+    for name, tree in shapes.items():
+      kind = 'trained' if name in STAGES[config.train.stage].trainable else 'frozen'
+      console.print(f'  {name}: {count(tree):,} parameters, {kind}', highlight=False)
+    console.print(format_table(route(shapes, mask), shapes), highlight=False, markup=False)
+    console.print(table)
+  return text.get()

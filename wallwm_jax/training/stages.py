@@ -1,0 +1,315 @@
+"""The training stages as data, and the one loss they share.
+
+A stage says which towers train, which windows it accepts and which losses it sums (SPEC 5, stages
+1, 2 and 5; 'joint' is the small joint fit). A new stage is a new row.
+
+Two protocols couple the towers (SPEC 3):
+  anchor     actions read ONE video forward at the anchor noise level; K independent action noise
+             levels share its cache. A video loss, where the stage has one, draws its own timestep
+             and runs its own forward.
+  symmetric  one forward at t_V serves both losses; actions are denoised at t_A = t_V, one draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.diffusion import flow, losses, schedules
+from wallwm_jax.geometry import sight_cone, tube_mask
+from wallwm_jax.models import functional
+from wallwm_jax.types import (
+    ConfigError,
+    EventBatch,
+    NormStats,
+    Params,
+    PRNGKey,
+    Text,
+    pytree_dataclass,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+  """One column of the stage table.
+
+  trainable: top-level parameter subtrees that receive gradients; every other leaf is frozen.
+  windows: what `data.window` may be. losses: which of the two losses are summed.
+  caption_drop: whether the video forward loses its caption with rho(raw_length).
+  """
+
+  trainable: tuple[str, ...]
+  windows: tuple[Literal['event', 'chunk'], ...]
+  losses: tuple[Literal['video', 'action'], ...]
+  caption_drop: bool
+
+
+STAGES: dict[str, StageSpec] = {
+    '1': StageSpec(('video',), ('event', 'chunk'), ('video',), caption_drop=True),
+    '2': StageSpec(('action',), ('event', 'chunk'), ('action',), caption_drop=False),
+    '5': StageSpec(('action', 'video'), ('chunk',), ('action', 'video'), caption_drop=False),
+    'joint': StageSpec(
+        ('action', 'video'), ('event', 'chunk'), ('action', 'video'), caption_drop=True),
+}
+
+
+def stage_of(config: ExperimentConfig) -> StageSpec:
+  """The row of the stage table a config trains.
+
+  Raises:
+    ConfigError: the stage does not accept the config's window.
+  """
+  spec = STAGES[config.train.stage]
+  if config.data.window not in spec.windows:
+    raise ConfigError(f'config.data.window: stage {config.train.stage} expects one of '
+                      f'{spec.windows}, got {config.data.window!r}.')
+  return spec
+
+
+def trainable_mask(params: Params, stage: str) -> Params:
+  """Tree of bool like `params`: True on the leaves that `stage` trains."""
+  trainable, frozen = split_trainable(params, stage)
+  return jax.tree.map(lambda _: True, trainable) | jax.tree.map(lambda _: False, frozen)
+
+
+def split_trainable(params: Params, stage: str) -> tuple[Params, Params]:
+  """(trainable, frozen) top-level subtrees of `params`."""
+  chosen = STAGES[stage].trainable
+  return ({name: tree for name, tree in params.items() if name in chosen},
+          {name: tree for name, tree in params.items() if name not in chosen})
+
+
+@pytree_dataclass
+class Tube:
+  """A tube mask (SPEC 2): cells [B, V, 1, h, w, 1] are hidden in every frame that is denoised, and
+  where hides_known [B, 1, 1, 1, 1, 1] is True in the conditioning frames too."""
+
+  cells: Bool[Array, "B V 1 h w 1"]
+  hides_known: Bool[Array, "B 1 1 1 1 1"]
+
+
+@pytree_dataclass
+class Clip:
+  """The latent side of a batch.
+
+  latents: z0 [B, V, F, h, w, C] float32, normalised. known: [F], True on conditioning frames.
+  supervised: [B, V, F, h, w, 1], True where the video loss looks.
+  view_mask [B, V], frame_mask [B, F]: which tokens exist.
+  """
+
+  latents: Float[Array, "B V F h w C"]
+  known: Bool[Array, "F"]
+  supervised: Bool[Array, "B V F h w 1"]
+  view_mask: Bool[Array, "B V"]
+  frame_mask: Bool[Array, "B F"]
+
+
+def encode_clip(batch: EventBatch, norm: NormStats, config: ExperimentConfig) -> Clip:
+  """Latents of a batch with everything that must stay out of the loss marked.
+
+  Conditioning frames (the first latent frame, or history and anchor of a chunk window), frames
+  beyond num_frames, absent views and latent cells touching a border pixel are unsupervised.
+  """
+  model = config.model
+  latents = functional.normalise_latents(functional.encode_video(model, batch.frames), norm)
+  index = jnp.arange(latents.shape[2])
+  history = model.history if config.data.window == 'chunk' else 0
+  known = index <= history
+  frame_mask = index < 1 + (batch.num_frames[:, None] - 1) // model.codec.temporal
+  s, (h, w) = model.codec.spatial, model.latent_size
+  clean = batch.pixel_mask.reshape(*batch.view_mask.shape, h, s, w, s).all((3, 5))
+  supervised = ((frame_mask & ~known)[:, None, :, None, None]
+                & batch.view_mask[:, :, None, None, None] & clean[:, :, None])
+  return Clip(latents, known, supervised[..., None], batch.view_mask, frame_mask)
+
+
+def noise_clip(
+    clip: Clip, eps: Array, sigma: Float[Array, "B"], config: ExperimentConfig,
+    tube: Tube | None = None
+) -> tuple[Array, Float[Array, "B F"]]:
+  """`functional.condition_video` of a clip at noise level sigma, its tubes replaced by noise."""
+  noised, known = flow.add_noise(clip.latents, eps, sigma), clip.latents
+  if tube is not None:
+    noised = jnp.where(tube.cells, eps, noised)
+    known = jnp.where(tube.cells & tube.hides_known, eps, known)
+  return functional.condition_video(config.model, noised, sigma, known, clip.known)
+
+
+def stage_loss(
+    params: Params, batch: EventBatch, norm: NormStats, key: PRNGKey, *, config: ExperimentConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Loss of one batch under the config's stage, and its parts.
+
+  Args:
+    params: the full parameter tree; which leaves are differentiated is the caller's choice.
+    batch: one EventBatch; norm: statistics its latents are normalised with.
+    key: this step's key. Streams are derived from it by name, so no draw depends on another.
+
+  Returns:
+    (loss, metrics): 'loss' and those of 'loss_video', 'loss_action', 'loss_dct' that the stage has;
+    float32 scalars.
+  """
+  spec = stage_of(config)
+  clip = encode_clip(batch, norm, config)
+  if config.diffusion.mapping == 'symmetric':
+    parts = _symmetric_losses(params, batch, clip, key, spec, config)
+  else:
+    parts = _anchored_losses(params, batch, clip, key, spec, config)
+  total = sum(parts.values())
+  return total, {'loss': total, **parts}
+
+
+def _anchored_losses(params, batch, clip, key, spec, config) -> dict[str, Array]:
+  diffusion, samples = config.diffusion, clip.view_mask.shape[:1]
+  parts = {}
+  if 'video' in spec.losses:
+    sigma = schedules.sample_sigma(stream(key, 'video_sigma'), samples, diffusion.shift)
+    parts |= _video_pass(params, batch, clip, sigma, stream(key, 'video'), spec, config)[0]
+  if 'action' in spec.losses:
+    features = _anchor_features(params, batch, clip, stream(key, 'anchor'), config)
+    levels = schedules.sample_sigma(
+        stream(key, 'action_sigma'), (*samples, diffusion.action_draws), diffusion.action_shift)
+    features = _frozen_unless_trained(features, spec)
+    parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
+  return parts
+
+
+def _symmetric_losses(params, batch, clip, key, spec, config) -> dict[str, Array]:
+  samples = clip.view_mask.shape[:1]
+  sigma = schedules.sample_sigma(stream(key, 'video_sigma'), samples, config.diffusion.shift)
+  video, features = _video_pass(params, batch, clip, sigma, stream(key, 'video'), spec, config)
+  parts = video if 'video' in spec.losses else {}
+  if 'action' in spec.losses:
+    features, levels = _frozen_unless_trained(features, spec), sigma[:, None]
+    parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
+  return parts
+
+
+def _video_pass(params, batch, clip, sigma, key, spec: StageSpec, config: ExperimentConfig):
+  """One video forward at levels sigma [B], training-only masks on: ({'loss_video'}, features)."""
+  diffusion, model = config.diffusion, config.model
+  eps = unit_noise(stream(key, 'eps'), clip.latents.shape)
+  sight = _sight(batch, config)
+  tube = _tube(stream(key, 'tube'), sight, clip, config)
+  noised, t = noise_clip(clip, eps, sigma, config, tube)
+  text = batch.text
+  if spec.caption_drop:
+    text = drop_captions(stream(key, 'caption'), text, batch.raw_length, diffusion.caption_drop)
+  sight = sight if diffusion.sight_cone else None
+  masks = functional.video_masks(clip.view_mask, clip.frame_mask, sight)
+  out, features = functional.video_forward(params['video'], model, noised, t, text, masks)
+  weight = flow.expand(noise_weight(sigma, diffusion.weighting), clip.latents)
+  if tube is not None:
+    weight = weight * jnp.where(tube.cells, diffusion.tube_weight, 1.0)
+  target = flow.target(clip.latents, eps, model.video.prediction)
+  return {'loss_video': weighted_mse(out, target, clip.supervised, weight)}, features
+
+
+def _anchor_features(params, batch, clip, key, config: ExperimentConfig):
+  """Features of the video forward at the (jittered) anchor level, as a rollout computes them: the
+  full caption and no geometric mask."""
+  eps = unit_noise(stream(key, 'eps'), clip.latents.shape)
+  samples = clip.view_mask.shape[:1]
+  sigma = schedules.sample_anchor_sigma(stream(key, 'sigma'), samples, config.diffusion)
+  noised, t = noise_clip(clip, eps, sigma, config)
+  masks = functional.video_masks(clip.view_mask, clip.frame_mask)
+  return functional.video_forward(
+      params['video'], config.model, noised, t, batch.text, masks)[1]
+
+
+def _frozen_unless_trained(features, spec: StageSpec):
+  return features if 'video' in spec.trainable else jax.lax.stop_gradient(features)
+
+
+def _action_losses(params, batch, clip, features, levels, key, config) -> dict[str, Array]:
+  """L_A = mean_k w(t_k) ||yhat_k - y_k||^2 over levels t [B, R] sharing one cache; the DCT loss."""
+  model, diffusion, action = config.model, config.diffusion, params['action']
+  masks = functional.video_masks(clip.view_mask, clip.frame_mask)
+  tau = functional.window_tau(model, config.data.window, clip.known.shape[0])
+  cache = functional.prefill_actions(action, model, features, tau, masks)
+  mask = batch.action_mask[:, None]
+  clean = jnp.where(mask, batch.actions[:, None], 0.0)
+  clean = jnp.broadcast_to(clean, (*levels.shape, *batch.actions.shape[1:]))
+  eps = unit_noise(stream(key, 'eps'), clean.shape)
+  noised = flow.add_noise(clean, eps, levels)
+  steps = batch.action_mask.any(-1)
+  out = functional.action_forward(action, model, noised, levels, batch.state, cache, steps)
+  target = flow.target(clean, eps, model.action.prediction)
+  weight = flow.expand(noise_weight(levels, diffusion.weighting), clean)
+  parts = {'loss_action': weighted_mse(out, target, mask, weight)}
+  if diffusion.dct_weight > 0:
+    estimate = flow.to_x0(out, noised, levels, model.action.prediction)
+    dct = losses.dct_action_loss(estimate, clean, mask, levels)
+    parts['loss_dct'] = diffusion.dct_weight * dct
+  return parts
+
+
+def weighted_mse(out, target, mask, weight) -> Float[Array, ""]:
+  """Mean over the True entries of `mask` of weight * (out - target)^2, in float32.
+
+  Masked entries have neither value nor gradient, whatever they hold. The mean is over the mask, so
+  the weight is not normalised away.
+  """
+  difference = jnp.where(mask, out.astype(jnp.float32) - target.astype(jnp.float32), 0.0)
+  return losses.masked_mean(weight * jnp.square(difference), mask)
+
+
+def noise_weight(sigma, weighting: Literal['uniform', 'sigma']):
+  """Loss weight w(t): 1, or t itself ('sigma': the noisy end, where the scene is decided)."""
+  return sigma if weighting == 'sigma' else jnp.ones_like(sigma)
+
+
+def drop_captions(key: PRNGKey, text: Text, raw_length, ramp) -> Text:
+  """`text` with each caption emptied with probability rho(raw_length); SPEC 5, stage 1."""
+  drop = jax.random.uniform(key, raw_length.shape) < schedules.caption_drop_rate(raw_length, ramp)
+  return dataclasses.replace(text, mask=text.mask & ~drop[:, None])
+
+
+def stream(key: PRNGKey, name: str) -> PRNGKey:
+  """The key of a named random stream."""
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def unit_noise(key: PRNGKey, shape: tuple[int, ...]) -> Array:
+  """Gaussian float32 noise, the bits of `jax.random.normal(key, shape)`.
+
+  Drawn as a matrix: the counters of a six-axis draw take XLA:CPU seconds to compile.
+  """
+  return jax.random.normal(key, (shape[0], math.prod(shape[1:]))).reshape(shape)
+
+
+def _patch_grid(config: ExperimentConfig) -> tuple[int, int]:
+  (h, w), (_, ph, pw) = config.model.latent_size, config.model.video.patch
+  return h // ph, w // pw
+
+
+def _sight(batch: EventBatch, config: ExperimentConfig):
+  """Co-visibility [B, V, P, V, P] of the batch, or None where nothing in the config reads it."""
+  diffusion = config.diffusion
+  if not diffusion.sight_cone and diffusion.tube_prob == 0:
+    return None
+  cones = sight_cone.patch_cones(
+      batch.cameras, config.model.image_size, _patch_grid(config), diffusion.cone_slack)
+  return sight_cone.sight_cone_mask(cones, *diffusion.cone_depth)
+
+
+def _tube(key: PRNGKey, sight, clip: Clip, config: ExperimentConfig) -> Tube | None:
+  """This batch's tubes; None where the config has none."""
+  diffusion, present = config.diffusion, clip.view_mask
+  if diffusion.tube_prob == 0:
+    return None
+  seen = sight & present[:, :, None, None, None] & present[:, None, None, :, None]
+  grid, (_, ph, pw) = _patch_grid(config), config.model.video.patch
+  patches = tube_mask.sample_tube(
+      stream(key, 'window'), seen, grid, diffusion.tube_size, diffusion.tube_prob)
+  cells = patches.reshape(*present.shape, 1, *grid).repeat(ph, axis=-2).repeat(pw, axis=-1)
+  nested = jax.random.bernoulli(
+      stream(key, 'condition'), diffusion.tube_cond_prob, (present.shape[0], 1, 1, 1, 1, 1))
+  return Tube(cells[..., None], nested)

@@ -1,0 +1,109 @@
+"""Everything a run carries from step to step, created already sharded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, UInt32
+
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.models import functional
+from wallwm_jax.optim import make_optimizer, route
+from wallwm_jax.parallel import rules
+from wallwm_jax.training.stages import split_trainable
+from wallwm_jax.types import Params, pytree_dataclass
+
+
+@pytree_dataclass
+class TrainState:
+  """One optimisation run after `step` updates.
+
+  params: the whole model. ema: running average of the trainable top-level subtrees only (that of a
+  frozen subtree is the subtree itself). opt_state: of the trainable subtrees. key: raw root key
+  data; the key of a step is fold_in(key, step).
+  """
+
+  step: Int[Array, ""]
+  params: Params
+  ema: Params
+  opt_state: Any
+  key: UInt32[Array, "2"]
+
+
+def param_shapes(config: ExperimentConfig) -> Params:
+  """Tree of ShapeDtypeStruct of the model's parameters."""
+  return jax.eval_shape(functools.partial(functional.init_params, config.model), jax.random.key(0))
+
+
+def build_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
+  """The optimizer over the stage's trainable subtrees; frozen ones have no state and no update."""
+  shapes, _ = split_trainable(param_shapes(config), config.train.stage)
+  return make_optimizer(config.optim, shapes, route(shapes), config.train.steps)
+
+
+def abstract_state(
+    config: ExperimentConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """TrainState of ShapeDtypeStructs that carry their shardings; nothing is allocated.
+
+  Raises:
+    ConfigError: a parameter without a rule or a dimension that its mesh axes do not divide.
+  """
+  shapes = jax.eval_shape(functools.partial(_create, config, optimizer))
+  shardings = TrainState(
+      step=NamedSharding(mesh, PartitionSpec()),
+      params=rules.param_shardings(shapes.params, mesh, config.mesh.rules),
+      ema=rules.param_shardings(shapes.ema, mesh, config.mesh.rules),
+      opt_state=rules.param_shardings(shapes.opt_state, mesh, config.mesh.rules),
+      key=NamedSharding(mesh, PartitionSpec()),
+  )
+  return jax.tree.map(
+      lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+      shapes, shardings)
+
+
+def init_state(
+    config: ExperimentConfig, optimizer: optax.GradientTransformation, abstract: TrainState,
+    start: Params | None = None
+) -> TrainState:
+  """A fresh state at step 0, every leaf created on the devices that `abstract` gives it.
+
+  Args:
+    start: top-level subtrees that replace the random ones (`train.init_from`), sharded like them.
+  """
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  create = jax.jit(functools.partial(_create, config, optimizer), out_shardings=shardings)
+  return create(start=start or {})
+
+
+def _create(config, optimizer, start: Params | None = None) -> TrainState:
+  root = jax.random.key(config.train.seed)
+  params = functional.init_params(config.model, jax.random.fold_in(root, 0)) | (start or {})
+  trainable, _ = split_trainable(params, config.train.stage)
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      # Copies: the step donates the state, and one buffer cannot be donated twice.
+      ema=jax.tree.map(jnp.copy, trainable),
+      opt_state=optimizer.init(trainable),
+      key=jax.random.key_data(jax.random.fold_in(root, 1)),
+  )
+
+
+def update_ema(ema: Params, params: Params, step, limit: float) -> Params:
+  """ema <- d ema + (1 - d) params with d = min(limit, (1 + step) / (10 + step)).
+
+  The warm-up of the decay lets short runs forget their random start.
+  """
+  decay = jnp.minimum(limit, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda average, x: x + decay * (average - x), ema, params)
+
+
+def count(tree) -> int:
+  """Number of scalars in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))

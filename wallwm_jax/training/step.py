@@ -1,0 +1,61 @@
+"""One optimisation step: loss, gradients of the trainable subtrees, update, EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.optim import make_schedule
+from wallwm_jax.parallel import rules
+from wallwm_jax.parallel.constraints import activation_sharding
+from wallwm_jax.training.stages import split_trainable, stage_loss
+from wallwm_jax.training.state import TrainState, update_ema
+from wallwm_jax.types import EventBatch, NormStats
+
+
+def make_train_step(
+    config: ExperimentConfig, mesh: Mesh, optimizer: optax.GradientTransformation,
+    abstract: TrainState
+) -> Callable[[TrainState, EventBatch, NormStats], tuple[TrainState, dict[str, jax.Array]]]:
+  """Jitted step(state, batch, norm) -> (state, metrics) on `mesh`; the state is donated.
+
+  Gradients, optimizer and EMA see only the trainable subtrees; frozen ones are passed through, so
+  no update can reach them. Buckets of different length compile once each.
+
+  Returns:
+    metrics: the loss and its parts, grad_norm (before clipping), update_norm, lr; float32 scalars.
+  """
+  schedule = make_schedule(config.optim, config.train.steps)
+
+  def step(state: TrainState, batch: EventBatch, norm: NormStats):
+    trainable, frozen = split_trainable(state.params, config.train.stage)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def loss_fn(trainable):
+      with activation_sharding(mesh, config.mesh.rules):
+        return stage_loss(frozen | trainable, batch, norm, key, config=config)
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(trainable)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    metrics |= {
+        'grad_norm': optax.tree.norm(grads),
+        'update_norm': optax.tree.norm(updates),
+        'lr': schedule(state.step),
+    }
+    ema = update_ema(state.ema, trainable, state.step, config.train.ema)
+    return TrainState(state.step + 1, frozen | trainable, ema, opt_state, state.key), metrics
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  batches = rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
+  return jax.jit(
+      step,
+      in_shardings=(shardings, batches, replicated),
+      out_shardings=(shardings, replicated),
+      donate_argnums=0,
+  )
