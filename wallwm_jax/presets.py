@@ -40,7 +40,7 @@ def tabletop() -> ExperimentConfig:
     ),
     diffusion=DiffusionConfig(anchor_step=10, action_draws=4, shift=3.0),
     data=DataConfig(batch_size=32, buckets=(2, 4), balance=0.5),
-    optim=OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.02),
+    optim=OptimConfig(lr=4e-3, warmup_steps=40, weight_decay=0.02),
     train=TrainConfig(ema=0.99, log_every=20, checkpoint_every=500),
     inference=InferenceConfig(video_steps=2, action_steps=5),
   )

@@ -23,7 +23,7 @@ def add_parser(verbs) -> None:
   build_.add_argument('--source', help='folder of the raw data (rlds, video)')
   build_.add_argument('--out', required=True, help='new folder for the store')
   build_.add_argument(
-    '--heldout', type=float, default=0.1, help='fraction of held-out episodes (0.1)'
+    '--heldout', type=float, default=0.2, help='fraction of held-out episodes (0.2)'
   )
   build_.add_argument('--split', default='train', help='rlds: split to read (train)')
   build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48)')

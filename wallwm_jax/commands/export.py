@@ -12,7 +12,7 @@ def add_parser(verbs) -> None:
     verbs,
     'export',
     'write event and unified mode as jax.export artifacts, with weights and signature',
-    'wallwm export --workdir runs/quickstart/joint --out runs/policy --platforms cpu,cuda',
+    'wallwm export --workdir runs/quickstart/stage2 --out runs/policy --platforms cpu,cuda',
     run=run,
   )
   parser.add_argument('--workdir', required=True, help='trained run')

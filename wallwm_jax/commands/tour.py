@@ -19,7 +19,8 @@ from wallwm_jax.commands import attempts, evaluators
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data.build import build_store
 from wallwm_jax.data.store import EventStore
-from wallwm_jax.envs.tabletop import collect, tasks
+from wallwm_jax.envs.tabletop import tasks
+from wallwm_jax.envs.tabletop.collect import collect
 from wallwm_jax.evaluation import base, report, video
 from wallwm_jax.training import loop
 from wallwm_jax.training.checkpoints import load_inference
@@ -32,10 +33,12 @@ MAX_STEPS = 48  # control steps an attempt may take
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """How much of everything. episodes: demonstrations, drawn by `mix`; steps: optimizer steps of
-  stages 1, 2 and 5;
-  attempts: rollouts per kind of event; events: held-out events scored open loop; calls: timed calls
-  per latency."""
+  """How much of everything.
+
+  episodes: demonstrations, drawn by `mix`; steps: optimizer steps of stages 1, 2 and 5; attempts:
+  rollouts per kind of event; events: held-out events scored open loop; calls: timed calls per
+  latency.
+  """
 
   episodes: int
   mix: str
@@ -46,10 +49,8 @@ class Size:
 
 
 SIZES = {
-  'full': Size(
-    episodes=900, mix='single', steps=(900, 1200, 200), attempts=24, events=192, calls=50
-  ),
-  'ci': Size(episodes=64, mix='single', steps=(40, 40, 20), attempts=4, events=24, calls=5),
+  'full': Size(900, 'single', steps=(400, 500, 60), attempts=20, events=96, calls=30),
+  'ci': Size(64, 'single', steps=(20, 20, 10), attempts=4, events=16, calls=5),
 }
 
 

@@ -243,6 +243,17 @@ def predict(params: InferenceParams, cond: Conditioning, noise: Noise, *,
   )
 
 
+def imagine(params: InferenceParams, cond: Conditioning, noise: Latents, *, cfg: ExperimentConfig,
+            window: Window, steps: int) -> Float[Array, "B V T H W 3"]:
+  """Frames in [0, 1] from the anchor on, T = 1 + 4N, denoised to level 0 by `steps` Euler steps."""
+  sigmas = schedules.shifted_sigmas(steps, cfg.diffusion.shift)
+  z = denoise_video(params, cond, noise, cfg=cfg, sigmas=sigmas)
+  latents = functional.denormalise_latents(known_in_place(cond, z), params.norm)
+  # The codec is causal: the window is decoded whole, history included, and cut afterwards.
+  anchor = window.history * cfg.model.steps_per_latent
+  return functional.decode_video(cfg.model, latents)[:, :, anchor:]
+
+
 def input_specs(cfg: ExperimentConfig, window: Window, batch: int) -> tuple[Observation, Text]:
   """ShapeDtypeStructs of the observation and text that a prediction in `window` takes."""
   model, s = cfg.model, jax.ShapeDtypeStruct

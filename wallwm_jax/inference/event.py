@@ -5,10 +5,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.diffusion import schedules
 from wallwm_jax.inference import denoiser
 from wallwm_jax.inference.denoiser import EventPrediction, Noise, Window
-from wallwm_jax.models import functional
 from wallwm_jax.types import InferenceParams, Observation, PRNGKey, Text
 
 
@@ -48,7 +46,4 @@ def predict_video(params: InferenceParams, obs: Observation, text: Text, key: PR
   window = Window.event(cfg, bucket)
   cond = denoiser.encode_observation(params, obs, text, length, cfg=cfg, window=window)
   noise = denoiser.sample_noise(key, cfg, obs.state.shape[0], window).video
-  sigmas = schedules.shifted_sigmas(steps, cfg.diffusion.shift)
-  z = denoiser.denoise_video(params, cond, noise, cfg=cfg, sigmas=sigmas)
-  latents = functional.denormalise_latents(denoiser.known_in_place(cond, z), params.norm)
-  return functional.decode_video(cfg.model, latents)
+  return denoiser.imagine(params, cond, noise, cfg=cfg, window=window, steps=steps)

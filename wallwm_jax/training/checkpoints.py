@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -70,7 +69,8 @@ class Checkpoints:
       data: JSON-like or bytes state of the data iterator after the batch of this step.
 
     Raises:
-      CheckpointError: the write failed (a full disk, say); every earlier checkpoint is untouched.
+      CheckpointError: the write failed (a full disk, say). Every earlier checkpoint is untouched;
+        what was half written is cleared away when the workdir is next opened for training.
     """
     step = int(jax.device_get(state.step))
     items = _items(state)
@@ -88,8 +88,6 @@ class Checkpoints:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
     except Exception as error:  # the storage layers raise many types for one full disk
-      for partial in self.path.glob(f'{step}.*tmp*'):
-        shutil.rmtree(partial, ignore_errors=True)
       raise CheckpointError(
           f'checkpoint {self.path / str(step)} could not be written: {error}. Complete ones: '
           f'{_steps(self.path)}. Free some space and start the run again; it resumes.') from error

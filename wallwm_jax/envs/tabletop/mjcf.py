@@ -56,7 +56,7 @@ def _finger_xml(name: str, sign: int) -> str:
       for z in (-PAD_SPREAD, PAD_SPREAD))
   return f"""
       <body name="{name}" pos="0 {sign * FINGER_HALF[1]} {FINGER_CENTRE_Z}">
-        <joint name="{name}" class="finger" axis="0 {sign} 0" range="0 {FINGER_TRAVEL}"/>
+        <joint name="{name}" class="finger" axis="0 {sign} 0"/>
         <inertial pos="0 0 0" mass="0.05" diaginertia="0.00002 0.00002 0.00002"/>{spheres}
       </body>"""
 

@@ -17,22 +17,22 @@ from wallwm_jax.types import PRNGKey
 
 _SPACING, _JITTER, _SHIFT, _TURN = 0.112, 0.008, 0.015, 0.8
 _CANDIDATES = 24
+_NUM_DRAWS = _CANDIDATES * (9 + 2 * 7 + 3) + 64
 _CLEARANCE = 0.058  # m between a pushed cube's lane and other cubes' centres
 _GRASP_Z = mjcf.CUBE_HALF
 _MIN_TRAVEL = 0.08  # m between the start of a reach or move and its goal
 
 
-def _layout(key: PRNGKey):
-  """Centres of the cubes [4, 2] and zones [3, 2], m."""
-  cell_key, jitter_key, shift_key, turn_key = jax.random.split(key, 4)
+def _layout(draws: tasks.Draws):
+  """Centres of the cubes [4, 2] and zones [3, 2], m, for each of the candidates: [_CANDIDATES, ...]."""
+  count, items = _CANDIDATES, mjcf.NUM_CUBES + mjcf.NUM_ZONES
   grid = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(9, 2).astype(np.float32) * _SPACING
-  cells = jax.random.permutation(cell_key, jnp.asarray(grid))[:mjcf.NUM_CUBES + mjcf.NUM_ZONES]
-  cells += jax.random.uniform(jitter_key, cells.shape, minval=-_JITTER, maxval=_JITTER)
-  turn = jax.random.uniform(turn_key, (), minval=-_TURN, maxval=_TURN)
+  cells = jnp.asarray(grid)[jax.vmap(tasks.ranks)(draws(count, len(grid)))[:, :items]]
+  x, y = jnp.moveaxis(cells + draws(count, items, 2, low=-_JITTER, high=_JITTER), -1, 0)
+  turn = draws(count, 1, low=-_TURN, high=_TURN)
   cos, sin = jnp.cos(turn), jnp.sin(turn)
-  turned = jnp.stack([cos * cells[:, 0] - sin * cells[:, 1], sin * cells[:, 0] + cos * cells[:, 1]], -1)
-  centres = turned + jax.random.uniform(shift_key, (2,), minval=-_SHIFT, maxval=_SHIFT)
-  return centres[:mjcf.NUM_CUBES], centres[mjcf.NUM_CUBES:]
+  centres = jnp.stack([cos * x - sin * y, sin * x + cos * y], -1) + draws(count, 1, 2, low=-_SHIFT, high=_SHIFT)
+  return centres[:, :mjcf.NUM_CUBES], centres[:, mjcf.NUM_CUBES:]
 
 
 def _push_fits(cubes, zones, present, script):
@@ -51,12 +51,10 @@ def _push_fits(cubes, zones, present, script):
   return jax.vmap(row_fits)(script).all()
 
 
-def _presence(key: PRNGKey, size: int, at_least: int, needed):
+def _presence(draws: tasks.Draws, size: int, at_least: int, needed):
   """Bool [size]: the `needed` entries and random others, `at_least`..size in all."""
-  count_key, order_key = jax.random.split(key)
-  count = jax.random.randint(count_key, (), at_least, size + 1)
-  score = jax.random.uniform(order_key, (size,)) + needed
-  return (jnp.argsort(jnp.argsort(-score)) < count) | needed
+  count = at_least + jnp.floor(draws() * (size + 1 - at_least))
+  return (tasks.ranks(-draws(size) - needed) < count) | needed
 
 
 def _needed(script, column: int, size: int, kinds):
@@ -65,36 +63,32 @@ def _needed(script, column: int, size: int, kinds):
   return ((script[:, column, None] == jnp.arange(size)) & used[:, None]).any(0)
 
 
-def _away_from(key: PRNGKey, goal, extent: float):
-  """A point in the square of half size `extent`, at least _MIN_TRAVEL from `goal` [2]; the farthest of a few draws
-  if none is."""
-  points = jax.random.uniform(key, (12, 2), minval=-extent, maxval=extent)
+def _away_from(points, goal):
+  """One of `points` [N, 2] that is at least _MIN_TRAVEL from `goal` [2]; the farthest if none is."""
   distance = jnp.linalg.norm(points - goal, axis=-1)
   return points[jnp.argmax(jnp.minimum(distance, _MIN_TRAVEL))]
 
 
-def _gripper_start(key: PRNGKey, config: TabletopConfig, task: tasks.Task, cube, cube_yaw, zone):
-  """Grasp centre [3], yaw and opening with which the first event begins, and the held cube's centre offset [2].
+def _gripper_start(draws: tasks.Draws, config: TabletopConfig, task: tasks.Task, cube, cube_yaw, zone):
+  """Where the first event begins: grasp centre [3], yaw, and whether the event's cube is held.
 
-  cube: [2] centre of the event's object; zone: [2] centre of its zone. Returns also whether the cube is held.
+  cube: [2] centre of the event's object; zone: [2] centre of its zone.
   """
-  keys = jax.random.split(key, 6)
   kind, spread = task.script[0, 0], config.start_spread
-  free = _away_from(keys[0], cube, 0.19)
-  disc = jax.random.uniform(keys[1], (2,), minval=-1, maxval=1) * spread
-  height = jax.random.uniform(keys[2], (), minval=-1, maxval=1) * spread
-  any_yaw = jax.random.uniform(keys[3], (), minval=-1, maxval=1) * config.yaw_range
-  near_yaw = cube_yaw + jax.random.uniform(keys[4], (), minval=-0.08, maxval=0.08) * spread
-  angle = jax.random.uniform(keys[5], (), maxval=2 * np.pi)
+  points = draws(12, 2, low=-1)
+  disc, height = draws(2, low=-1) * spread, draws(low=-1) * spread
+  any_yaw = draws(low=-1) * config.yaw_range
+  near_yaw = cube_yaw + draws(low=-0.08, high=0.08) * spread
+  angle = draws(high=2 * np.pi)
   around = cube + jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * (0.035 + 0.012 * disc[0])
   hover = jnp.append(cube + 0.008 * disc, rubric.HOVER_Z + 0.006 * height)
   ball = jnp.append(around, 0.082 + 0.012 * height)
   at_table = jnp.append(cube, _GRASP_Z + 0.003 * height)
   starts = jnp.stack([
-      jnp.where(task.recovery, ball, jnp.append(free, 0.14 + 0.05 * height)),
+      jnp.where(task.recovery, ball, jnp.append(_away_from(0.19 * points, cube), 0.14 + 0.05 * height)),
       jnp.where(task.recovery, ball, hover),
       at_table,
-      jnp.append(_away_from(keys[0], zone, 0.17), rubric.LIFT_Z + 0.012 * height),
+      jnp.append(_away_from(0.17 * points, zone), rubric.LIFT_Z + 0.012 * height),
       jnp.append(zone + 0.012 * disc, rubric.LIFT_Z + 0.012 * height),
       jnp.append(zone + 0.015 * disc, _GRASP_Z + 0.003 * height),
       hover])
@@ -105,19 +99,19 @@ def _gripper_start(key: PRNGKey, config: TabletopConfig, task: tasks.Task, cube,
 
 def reset(key: PRNGKey, task: tasks.Task, config: TabletopConfig) -> TabletopState:
   """A random start state for a task: cubes and zones placed, gripper where the first event begins."""
-  keys = jax.random.split(key, 6)
+  draws = tasks.Draws(key, _NUM_DRAWS)
   cube_ids = _needed(task.script, 1, mjcf.NUM_CUBES, range(len(tasks.EVENT_KINDS)))
   zone_ids = _needed(task.script, 2, mjcf.NUM_ZONES, (tasks.MOVE, tasks.PLACE, tasks.RELEASE))
-  present = _presence(keys[0], mjcf.NUM_CUBES, 2, cube_ids)
-  zone_present = _presence(keys[1], mjcf.NUM_ZONES, 2, zone_ids)
-  layouts = jax.vmap(_layout)(jax.random.split(keys[2], _CANDIDATES))
+  present = _presence(draws, mjcf.NUM_CUBES, 2, cube_ids)
+  zone_present = _presence(draws, mjcf.NUM_ZONES, 2, zone_ids)
+  layouts = _layout(draws)
   fits = jax.vmap(lambda cubes, zones: _push_fits(cubes, zones, present, task.script))(*layouts)
   cubes, zones = jax.tree.map(lambda x: x[jnp.argmax(fits)], layouts)
-  yaw = jax.random.uniform(keys[3], (mjcf.NUM_CUBES,), minval=-1, maxval=1) * config.yaw_range
+  yaw = draws(mjcf.NUM_CUBES, low=-1) * config.yaw_range
 
   obj, target = jnp.maximum(task.script[0, 1], 0), jnp.clip(task.script[0, 2], 0, mjcf.NUM_ZONES - 1)
-  tip, tip_yaw, held = _gripper_start(keys[4], config, task, cubes[obj], yaw[obj], zones[target])
-  slip = jax.random.uniform(keys[5], (2,), minval=-1, maxval=1) * jnp.asarray([0.004, 0.003]) * config.start_spread
+  tip, tip_yaw, held = _gripper_start(draws, config, task, cubes[obj], yaw[obj], zones[target])
+  slip = draws(2, low=-1) * jnp.asarray([0.004, 0.003]) * config.start_spread
   along = jnp.stack([jnp.cos(tip_yaw), jnp.sin(tip_yaw)])
   # A held cube may sit a little off centre along the pads, and on the table its height is the table's.
   held_at = jnp.append(tip[:2] + slip[0] * along, jnp.maximum(tip[2] + slip[1], mjcf.CUBE_HALF))

@@ -8,11 +8,12 @@ instruction. Captions are data (CAPTIONS), so that a jitted rollout can hand out
 from __future__ import annotations
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from wallwm_jax.envs.tabletop.mjcf import CUBE_COLOURS, NUM_CUBES, NUM_ZONES, ZONE_COLOURS
 from wallwm_jax.types import ConfigError, PRNGKey, pytree_dataclass
@@ -116,6 +117,33 @@ def _instruction(kind, script, objects, zones, way):
   return table[kind]
 
 
+class Draws:
+  """Numbers uniform in 0..1, cut one after the other from a single draw: every separate call of jax.random adds
+  about half a second to compilation."""
+
+  def __init__(self, key: PRNGKey, size: int):
+    self._values = jax.random.uniform(key, (size,))
+    self._used = 0
+
+  def __call__(self, *shape: int, low=0.0, high=1.0):
+    """An array [*shape] uniform in low..high."""
+    count = math.prod(shape)
+    if self._used + count > len(self._values):
+      raise ValueError(f'Draws: {self._used + count} numbers asked for, {len(self._values)} drawn.')
+    values = self._values[self._used:self._used + count].reshape(shape)
+    self._used += count
+    return low + (high - low) * values
+
+  def permutation(self, size: int) -> Int[Array, "N"]:
+    """A random order of 0..size-1, by counting (a sort would be slow to compile)."""
+    return ranks(self(size))
+
+
+def ranks(score: Float[Array, "N"]) -> Int[Array, "N"]:
+  """How many entries are smaller than each entry: a permutation if all differ."""
+  return (score[:, None] > score[None]).sum(1, dtype=jnp.int32)
+
+
 def sample_task(key: PRNGKey, kind: int | str | Int[Array, ""], recovery: bool | Bool[Array, ""] = False) -> Task:
   """A random task of one kind (a name or index of TASK_KINDS; the index may be traced).
 
@@ -127,10 +155,9 @@ def sample_task(key: PRNGKey, kind: int | str | Int[Array, ""], recovery: bool |
       raise ConfigError(f'task kind: expected one of {TASK_KINDS}, got {kind!r}.')
     kind = TASK_KINDS.index(kind)
   kind = jnp.asarray(kind, jnp.int32)
-  cube_key, zone_key, way_key = jax.random.split(key, 3)
-  objects = jax.random.permutation(cube_key, NUM_CUBES)[:2].astype(jnp.int32)
-  zones = jax.random.permutation(zone_key, NUM_ZONES)[:2].astype(jnp.int32)
-  way = jax.random.randint(way_key, (), 0, len(DIRECTIONS), jnp.int32)
+  draws = Draws(key, NUM_CUBES + NUM_ZONES + 1)
+  objects, zones = draws.permutation(NUM_CUBES)[:2], draws.permutation(NUM_ZONES)[:2]
+  way = jnp.minimum((draws() * len(DIRECTIONS)).astype(jnp.int32), len(DIRECTIONS) - 1)
   roles = jnp.asarray(_SCRIPTS)[kind]
   obj = jnp.where(roles[:, 1] >= 0, objects[jnp.maximum(roles[:, 1], 0)], -1)
   target = jnp.concatenate([zones, way[None]])[jnp.maximum(roles[:, 2], 0)]
