@@ -62,12 +62,12 @@ def episode(index: int, frames: int = 24) -> EpisodeRecord:
   for t in range(frames):
     column = int(np.clip(16 + 100 * path[t, 0], 0, 27))
     pixels[:, t, 4:10, column:column + 4] = 255
-  cameras = {view: Calibration(np.float32([[32, 0, 16], [0, 32, 8], [0, 0, 1]]), np.eye(4, dtype='f'))
-             for view in VIEWS}
+  intrinsics = np.float32([[32, 0, 16], [0, 32, 8], [0, 0, 1]])
+  cameras = {view: Calibration(intrinsics, np.eye(4, dtype=np.float32)) for view in VIEWS}
   half = frames // 2
   return EpisodeRecord(
       episode_id=f'episode-{index}', source='synthetic', fps=10.0, views=VIEWS,
-      frames=dict(zip(VIEWS, pixels)), state=state, actions=np.roll(state, -1, 0),
+      frames=dict(zip(VIEWS, pixels, strict=True)), state=state, actions=np.roll(state, -1, 0),
       events=(EventSpan(0, half, 'go', {'L1': 'go there', 'L3': 'wander'}),
               EventSpan(half - 1, frames, 'come', {'L1': 'come back', 'L3': 'wander'})),
       calibration=cameras)

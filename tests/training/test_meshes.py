@@ -37,7 +37,7 @@ class Run:
     return init_state(self.config, self.optimizer, self.abstract)
 
   def losses(self, start) -> np.ndarray:
-    """[STEPS, 2] loss and gradient norm from the state `start` (host arrays), a new batch each step."""
+    """[STEPS, 2] loss and gradient norm from host state `start`, a new batch each step."""
     state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
     norm = jax.device_put(self.norm, NamedSharding(self.mesh, PartitionSpec()))
     shardings = rules.batch_shardings(

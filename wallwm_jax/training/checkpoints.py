@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -54,8 +55,10 @@ class Checkpoints:
     """Opens (and creates) workdir/checkpoints, clearing away what interrupted writes left there;
     the newest `keep` checkpoints are kept."""
     self.path = pathlib.Path(workdir).absolute() / DIRECTORY
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    if jax.process_index() == 0:
+      for partial in self.path.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(partial, ignore_errors=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     self._manager = ocp.CheckpointManager(self.path, options=options)
 
   def latest_step(self) -> int | None:

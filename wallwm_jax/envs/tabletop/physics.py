@@ -6,7 +6,6 @@ Only what changes between control periods is carried: qpos, qvel, the solver's w
 from __future__ import annotations
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from mujoco import mjx
 
 from wallwm_jax.envs.tabletop import mjcf
 from wallwm_jax.geometry import poses
-from wallwm_jax.types import WallWMError, pytree_dataclass
+from wallwm_jax.types import pytree_dataclass
 
 # Largest change of the command in one control period: x, y, z m; yaw rad; fingers m.
 _MAX_CHANGE = (0.08, 0.08, 0.08, 0.5, mjcf.FINGER_TRAVEL, mjcf.FINGER_TRAVEL)
@@ -31,24 +30,9 @@ class Physics:
   ctrl: Float[Array, "6"]
 
 
-_MIN_THREADS = 4
-
-
-def _require_threads() -> None:
-  """XLA's CPU client hangs for ever in vmapped MJX programs when its thread pool has only two threads."""
-  if jax.default_backend() != 'cpu':
-    return
-  threads = int(os.environ.get('NPROC') or len(os.sched_getaffinity(0)))
-  if max(threads, jax.local_device_count()) < _MIN_THREADS:
-    raise WallWMError(
-        f'tabletop: expected an XLA thread pool of at least {_MIN_THREADS} threads, got {threads} (one per core); '
-        'with fewer, MJX under vmap can hang. Set the environment variable NPROC=8 before JAX is first used.')
-
-
 @functools.cache
 def _template():
   """The MJX model and an empty Data, built once outside any trace."""
-  _require_threads()
   with jax.ensure_compile_time_eval():
     model = mjx.put_model(mjcf.load_model())
     return model, mjx.make_data(model)
