@@ -4,6 +4,7 @@ code 1."""
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from wallwm_jax.commands import bench, data, evaluate, export, quickstart, rollout, train
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides = rest
   elif rest:
     parser.error(f'unknown argument {rest[0]!r} (see wallwm {args.verb} --help)')
+  # Orbax tells through absl what it does on the way; what goes wrong it raises.
+  logging.getLogger('absl').setLevel(logging.DEBUG if args.debug else logging.ERROR)
   if args.debug:
     args.run(args)
     return 0

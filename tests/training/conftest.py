@@ -22,33 +22,38 @@ def tiny_config(stage: str = '1', window: str = 'event', store: str = '', **sect
   `sections` replace fields of a section: diffusion={'tube_prob': 0.5}, train={'steps': 4}, ...
   """
   base = c.ExperimentConfig(
-      name='tiny',
-      model=c.ModelConfig(
-          video=c.VideoConfig(width=32, layers=2, heads=2, ffn=32, freq_dim=32),
-          action=c.ActionConfig(width=32, heads=2, ffn=32, freq_dim=32),
-          codec=c.CodecConfig(channels=8),
-          text=c.TextConfig(tokens=4, width=8),
-          views=VIEWS, image_size=SIZE, history=1, future=2, max_future=2),
-      diffusion=c.DiffusionConfig(action_draws=2),
-      data=c.DataConfig(store=store, batch_size=8, buckets=(2,), window=window, threads=1),
-      optim=c.OptimConfig(warmup_steps=2, ns_dtype='float32'),
-      train=c.TrainConfig(stage=stage, steps=4, log_every=2, checkpoint_every=100, ema=0.99),
+    name='tiny',
+    model=c.ModelConfig(
+      video=c.VideoConfig(width=32, layers=2, heads=2, ffn=32, freq_dim=32),
+      action=c.ActionConfig(width=32, heads=2, ffn=32, freq_dim=32),
+      codec=c.CodecConfig(channels=8),
+      text=c.TextConfig(tokens=4, width=8),
+      views=VIEWS,
+      image_size=SIZE,
+      history=1,
+      future=2,
+      max_future=2,
+    ),
+    diffusion=c.DiffusionConfig(action_draws=2),
+    data=c.DataConfig(store=store, batch_size=8, buckets=(2,), window=window, threads=1),
+    optim=c.OptimConfig(warmup_steps=2, ns_dtype='float32'),
+    train=c.TrainConfig(stage=stage, steps=4, log_every=2, checkpoint_every=100, ema=0.99),
   )
   return override(base, **sections)
 
 
 def override(config, **sections):
   """`config` with fields of some sections replaced."""
-  new = {name: dataclasses.replace(getattr(config, name), **fields)
-         for name, fields in sections.items()}
+  new = {
+    name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()
+  }
   return dataclasses.replace(config, **new)
 
 
 def unit_norm(config) -> NormStats:
   """Statistics that change nothing."""
   a, channels = config.model.action_spec.dim, config.model.codec.channels
-  return NormStats(*(np.full(n, value, np.float32)
-                     for n in (a, a, channels) for value in (0, 1)))
+  return NormStats(*(np.full(n, value, np.float32) for n in (a, a, channels) for value in (0, 1)))
 
 
 def episode(index: int, frames: int = 24) -> EpisodeRecord:
@@ -61,16 +66,24 @@ def episode(index: int, frames: int = 24) -> EpisodeRecord:
   pixels = rng.integers(0, 60, (len(VIEWS), frames, *SIZE, 3), dtype=np.uint8)
   for t in range(frames):
     column = int(np.clip(16 + 100 * path[t, 0], 0, 27))
-    pixels[:, t, 4:10, column:column + 4] = 255
+    pixels[:, t, 4:10, column : column + 4] = 255
   intrinsics = np.float32([[32, 0, 16], [0, 32, 8], [0, 0, 1]])
   cameras = {view: Calibration(intrinsics, np.eye(4, dtype=np.float32)) for view in VIEWS}
   half = frames // 2
   return EpisodeRecord(
-      episode_id=f'episode-{index}', source='synthetic', fps=10.0, views=VIEWS,
-      frames=dict(zip(VIEWS, pixels, strict=True)), state=state, actions=np.roll(state, -1, 0),
-      events=(EventSpan(0, half, 'go', {'L1': 'go there', 'L3': 'wander'}),
-              EventSpan(half - 1, frames, 'come', {'L1': 'come back', 'L3': 'wander'})),
-      calibration=cameras)
+    episode_id=f'episode-{index}',
+    source='synthetic',
+    fps=10.0,
+    views=VIEWS,
+    frames=dict(zip(VIEWS, pixels, strict=True)),
+    state=state,
+    actions=np.roll(state, -1, 0),
+    events=(
+      EventSpan(0, half, 'go', {'L1': 'go there', 'L3': 'wander'}),
+      EventSpan(half - 1, frames, 'come', {'L1': 'come back', 'L3': 'wander'}),
+    ),
+    calibration=cameras,
+  )
 
 
 def write_store(path: pathlib.Path, episodes: int = 6) -> str:

@@ -28,8 +28,10 @@ def abstract_of(config):
 def filled(abstract, step: int):
   """A state whose every leaf holds its own number, so that swapped leaves show."""
   leaves, treedef = jax.tree.flatten(abstract)
-  values = [jax.device_put(np.full(s.shape, i + step).astype(s.dtype), s.sharding)
-            for i, s in enumerate(leaves)]
+  values = [
+    jax.device_put(np.full(s.shape, i + step).astype(s.dtype), s.sharding)
+    for i, s in enumerate(leaves)
+  ]
   state = jax.tree.unflatten(treedef, values)
   return dataclasses.replace(state, step=jax.device_put(np.int32(step), abstract.step.sharding))
 
@@ -44,9 +46,13 @@ def norm_of(config, seed: int):
   rng = np.random.default_rng(seed)
   a, c = config.model.action_spec.dim, config.model.codec.channels
   sizes = {'action': a, 'state': a, 'latent': c}
-  return checkpoints.NormStats(**{
-      f'{name}_{part}': rng.random(n, np.float32) for name, n in sizes.items()
-      for part in ('mean', 'scale')})
+  return checkpoints.NormStats(
+    **{
+      f'{name}_{part}': rng.random(n, np.float32)
+      for name, n in sizes.items()
+      for part in ('mean', 'scale')
+    }
+  )
 
 
 def test_everything_comes_back_on_another_mesh(tiny, tmp_path):
@@ -57,8 +63,11 @@ def test_everything_comes_back_on_another_mesh(tiny, tmp_path):
   with Checkpoints(tmp_path, 2) as saved:
     snapshot = saved.restore(abstract)
   jax.tree.map(np.testing.assert_array_equal, snapshot.state, filled(abstract_of(config), 7))
-  assert jax.tree.all(jax.tree.map(
-      lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), snapshot.state, abstract))
+  assert jax.tree.all(
+    jax.tree.map(
+      lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), snapshot.state, abstract
+    )
+  )
   assert snapshot.data == DATA and snapshot.config == config
   jax.tree.map(np.testing.assert_array_equal, snapshot.norm, norm_of(config, 7))
 
@@ -81,9 +90,14 @@ def test_checkpoint_of_another_model_names_the_differing_paths(tiny, tmp_path):
   save(config, tmp_path, 1)
   video = VideoConfig(width=32, layers=2, heads=2, ffn=64, freq_dim=32)
   wider = dataclasses.replace(config, model=dataclasses.replace(config.model, video=video))
-  with Checkpoints(tmp_path, 2) as saved, pytest.raises(
-      CheckpointError, match=r'video/blocks/ffn/up/kernel: expected \[\[2, 32, 64\].*'
-                             r'got \[\[2, 32, 32\]'):
+  with (
+    Checkpoints(tmp_path, 2) as saved,
+    pytest.raises(
+      CheckpointError,
+      match=r'video/blocks/ffn/up/kernel: expected \[\[2, 32, 64\].*'
+      r'got \[\[2, 32, 32\]',
+    ),
+  ):
     saved.restore(abstract_of(wider))
 
 
@@ -127,8 +141,9 @@ def test_full_disk_is_an_error_and_loses_nothing(tiny, tmp_path, monkeypatch, fi
   with Checkpoints(tmp_path, 2) as saved:
     assert saved.latest_step() == 2
     for step in (1, 2):
-      jax.tree.map(np.testing.assert_array_equal, saved.restore(abstract, step).state,
-                   filled(abstract, step))
+      jax.tree.map(
+        np.testing.assert_array_equal, saved.restore(abstract, step).state, filled(abstract, step)
+      )
     saved.save(state, DATA, norm, config)  # and the run goes on once there is space
     assert saved.latest_step() == 3
 
@@ -222,4 +237,5 @@ def test_metadata_holds_fingerprint_and_process_count(tiny, tmp_path):
   assert meta['fingerprint'] == checkpoints.fingerprint(param_shapes(config))
   other = dataclasses.replace(config.model, max_future=3)
   assert meta['fingerprint'] != checkpoints.fingerprint(
-      param_shapes(dataclasses.replace(config, model=other)))
+    param_shapes(dataclasses.replace(config, model=other))
+  )

@@ -14,10 +14,10 @@ from wallwm_jax.training.state import abstract_state, build_optimizer, init_stat
 from wallwm_jax.training.step import make_train_step
 
 MESHES = {
-    'fsdp8': MeshConfig(fsdp=8),
-    'tensor2-fsdp4': MeshConfig(tensor=2, fsdp=4),
-    'context2': MeshConfig(context=2),
-    'mixed': MeshConfig(fsdp=2, context=2, tensor=2),
+  'fsdp8': MeshConfig(fsdp=8),
+  'tensor2-fsdp4': MeshConfig(tensor=2, fsdp=4),
+  'context2': MeshConfig(context=2),
+  'mixed': MeshConfig(fsdp=2, context=2, tensor=2),
 }
 STEPS = 5
 
@@ -40,12 +40,12 @@ class Run:
     """[STEPS, 2] loss and gradient norm from host state `start`, a new batch each step."""
     state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
     norm = jax.device_put(self.norm, NamedSharding(self.mesh, PartitionSpec()))
-    shardings = rules.batch_shardings(
-        self.config.inputs_spec(), self.mesh, self.config.mesh.rules)
+    shardings = rules.batch_shardings(self.config.inputs_spec(), self.mesh, self.config.mesh.rules)
     step = make_train_step(self.config, self.mesh, self.optimizer, self.abstract)
     # Machine code quality is not what is tested, and costs half of the time.
     step = step.lower(self.abstract, self.config.inputs_spec(), norm).compile(
-        {'xla_backend_optimization_level': 0})
+      {'xla_backend_optimization_level': 0}
+    )
     record = []
     for seed in range(STEPS):
       batch = distributed.put_batch(self.config.fake_batch(seed=seed), shardings)
@@ -76,6 +76,9 @@ def test_a_sharded_init_draws_the_same_numbers_and_is_really_sharded(tiny, singl
   state = Run(tiny, MESHES['fsdp8']).init()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), single[0])
   for tree in (state.params['video'], state.opt_state):
-    kernel = next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-                  if jax.tree_util.keystr(path).endswith("['ffn']['up']['kernel']"))
+    kernel = next(
+      leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      if jax.tree_util.keystr(path).endswith("['ffn']['up']['kernel']")
+    )
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size

@@ -18,7 +18,11 @@ from wallwm_jax.types import ConfigError, Text
 def test_table_is_that_of_the_specification():
   trained = {name: set(spec.trainable) for name, spec in stages.STAGES.items()}
   assert trained == {
-      '1': {'video'}, '2': {'action'}, '5': {'video', 'action'}, 'joint': {'video', 'action'}}
+    '1': {'video'},
+    '2': {'action'},
+    '5': {'video', 'action'},
+    'joint': {'video', 'action'},
+  }
   losses = {name: set(spec.losses) for name, spec in stages.STAGES.items()}
   assert losses == trained  # SPEC 5: stage 2 has its video loss off, stage 5 has both
   assert stages.STAGES['5'].windows == ('chunk',)
@@ -43,12 +47,14 @@ def partial_batch(config):
   """Sample 0 whole; 1 one latent short; 2 without its second camera; 3 with a black left border."""
   batch = config.fake_batch()
   num_frames, view_mask, pixel_mask = (
-      np.array(x) for x in (batch.num_frames, batch.view_mask, batch.pixel_mask))
+    np.array(x) for x in (batch.num_frames, batch.view_mask, batch.pixel_mask)
+  )
   num_frames[1] -= 4
   view_mask[2, 1] = False
   pixel_mask[3, :, :, :3] = False
   return dataclasses.replace(
-      batch, num_frames=num_frames, view_mask=view_mask, pixel_mask=pixel_mask)
+    batch, num_frames=num_frames, view_mask=view_mask, pixel_mask=pixel_mask
+  )
 
 
 @pytest.mark.parametrize('window, known', [('event', 1), ('chunk', 2)])
@@ -163,7 +169,8 @@ def test_tube_cells_are_noise_in_every_frame_it_hides(tiny):
   cells[:, 0, :, :, :2] = True
   nested = np.arange(8).reshape(8, 1, 1, 1, 1, 1) % 2 == 0
   noised, levels = stages.noise_clip(
-      clip, eps, jnp.full((8,), 0.5), config, stages.Tube(cells, nested))
+    clip, eps, jnp.full((8,), 0.5), config, stages.Tube(cells, nested)
+  )
   where = np.broadcast_to(cells, noised.shape)
   future = np.arange(3).reshape(3, 1, 1, 1) > 0
   np.testing.assert_array_equal(noised[where & future], np.asarray(eps)[where & future])

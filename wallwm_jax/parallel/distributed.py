@@ -15,8 +15,9 @@ from wallwm_jax.types import ConfigError
 def initialize(environ: Mapping[str, str]) -> bool:
   """Joins the other processes if the environment says there are some; call it before using JAX.
 
-  environ is the process environment. Recognised: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; TPU slices of
-  several hosts, several slices, Slurm and Open MPI jobs of several tasks (JAX reads the details).
+  environ is the process environment. Recognised: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID; TPU slices of several hosts, several slices, Slurm and Open MPI jobs of several
+  tasks (JAX reads the details).
 
   Returns:
     True if this process is one of several.

@@ -2,7 +2,7 @@
 
 A multiply-add is two operations. A trained tower costs three forwards (the forward, and backwards
 to inputs and to weights), a frozen one a single forward; recomputed work is not model work. Norms,
-embedding tables, modulation and the optimizer are left out (under a percent at real widths).
+activations, embedding tables and the optimizer are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def video_macs(config: ExperimentConfig, bucket: int) -> float:
   text = 2 * d * d * model.text.tokens
   cells, channels = c.patch[1] * c.patch[2], model.codec.channels
   given = 2 * channels + 1 if c.conditioning == 'channel' else channels
-  return c.layers * (tokens * (linear + attention) + text) + tokens * d * cells * (given + channels)
+  time = frames * d * (c.freq_dim + (8 if c.cross_view else 7) * d)
+  ends = tokens * d * cells * (given + channels)
+  return c.layers * (tokens * (linear + attention) + text) + time + ends
 
 
 def action_macs(config: ExperimentConfig, bucket: int, draws: int) -> float:
@@ -51,8 +53,12 @@ def action_macs(config: ExperimentConfig, bucket: int, draws: int) -> float:
   d, steps = c.width, bucket * model.steps_per_latent
   keys = len(model.views) * _frames(config, bucket) * model.patches
   linear = 4 * d * d + 2 * d * d + 2 * d * d + 3 * d * c.ffn  # self, state, video attention, FFN
+  attention = 2 * d * (steps + 1 + keys)
   prefill = 2 * keys * model.video.width * d
-  return model.video.layers * (prefill + draws * steps * (linear + 2 * d * (steps + 1 + keys)))
+  time = d * (c.freq_dim + 10 * d)
+  ends = steps * d * (d + 2 * model.action_spec.dim)
+  layers = model.video.layers * (prefill + draws * steps * (linear + attention))
+  return layers + draws * (time + ends)
 
 
 def _frames(config: ExperimentConfig, bucket: int) -> int:

@@ -136,9 +136,9 @@ def _check_finite(steps: list[int], values: list[dict[str, Any]]) -> None:
     for name in ('loss', 'grad_norm'):
       if not np.isfinite(metrics[name]):
         raise NonFiniteLossError(
-            f'training diverged: expected a finite {name}, got {metrics[name]} at step {step} (checked '
-            f'with steps {steps[0]}..{steps[-1]}). No checkpoint was written since. Lower optim.lr, or '
-            'look at the data of that step.')
+            f'training diverged: expected a finite {name}, got {metrics[name]} at step {step} (in '
+            f'the interval {steps[0]}..{steps[-1]}). No checkpoint was written since. Lower '
+            'optim.lr, or look at the data of that step.')
 
 
 def _read_until(path: pathlib.Path, step: int) -> list[dict[str, Any]]:

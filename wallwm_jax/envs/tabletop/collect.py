@@ -1,8 +1,9 @@
 """Demonstrations: the scripted expert in many tabletops at once, as EpisodeRecord.
 
-Slots of a batch run in lockstep inside one jitted program; a slot whose episode is over is given the next episode at
-once. An episode is a function of (seed, its number) alone, and episodes are handed out in the order of their numbers,
-so that neither the batch size nor the running time of others changes the data. Episodes the expert fails are left out.
+Slots of a batch run in lockstep inside one jitted program; a slot whose episode is over is given
+the next episode at once. An episode is a function of (seed, its number) alone, and episodes are
+handed out in the order of their numbers, so that neither the batch size nor the running time of
+others changes the data. Episodes the expert fails are left out.
 """
 
 from __future__ import annotations
@@ -16,27 +17,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from wallwm_jax.data.schema import Calibration, CaptionSpan, EpisodeRecord, EventSpan
-from wallwm_jax.envs.tabletop import env, expert, mjcf, physics, rubric, tasks
+from wallwm_jax.envs.tabletop import expert, mjcf, rubric, tasks
 from wallwm_jax.envs.tabletop.config import TabletopConfig
 from wallwm_jax.envs.tabletop.render import VIEWS, calibration, intrinsics_of, render
 from wallwm_jax.envs.tabletop.reset import reset
-from wallwm_jax.envs.tabletop.tasks import CAPTIONS, CUBE_COLOURS, DIRECTIONS, EVENT_KINDS, TASK_KINDS, ZONE_COLOURS
+from wallwm_jax.envs.tabletop.tasks import (
+  CAPTIONS,
+  CUBE_COLOURS,
+  DIRECTIONS,
+  EVENT_KINDS,
+  TASK_KINDS,
+  ZONE_COLOURS,
+)
 from wallwm_jax.types import ConfigError
 
 SOURCE = 'tabletop'
 _CHUNK = 8  # control periods per call of the jitted program
-# Half the compile time of XLA's defaults for these programs on CPU, and no slower to run (measured on 2 cores).
+# Half the compile time of XLA's defaults for these programs on CPU, and no slower to run (measured
+# on 2 cores).
 _CPU_OPTIONS = {'xla_cpu_use_fusion_emitters': False, 'xla_backend_optimization_level': 1}
 _RECOVERY_PROB = 0.15  # of single reach and grasp tasks: they start badly
 _MISS_PROB = 0.05  # of first grasps: they miss on purpose
 _CLEAN_PROB = 0.3  # of episodes: no executed noise
 
-# How often each task kind is drawn. 'mixed' covers scripts and single events; 'single' is what is evaluated.
+# How often each task kind is drawn. 'mixed' covers scripts and single events; 'single' is what is
+# evaluated.
 MIXES = {
-    'mixed': {**{kind: 1.0 for kind in tasks.SINGLE_KINDS}, 'reach': 2.0, 'push': 2.0, 'pick': 2.0, 'put': 4.0,
-              'reach_push': 4.0, 'put_push': 4.0, 'put_put': 3.0},
-    'single': {**{kind: 1.0 for kind in tasks.SINGLE_KINDS}, 'reach': 1.5, 'push': 1.5},
-    'multi': {'pick': 1.0, 'put': 2.0, 'reach_push': 2.0, 'put_push': 2.0, 'put_put': 1.5},
+  'mixed': {
+    **{kind: 1.0 for kind in tasks.SINGLE_KINDS},
+    'reach': 2.0,
+    'push': 2.0,
+    'pick': 2.0,
+    'put': 4.0,
+    'reach_push': 4.0,
+    'put_push': 4.0,
+    'put_put': 3.0,
+  },
+  'single': {**{kind: 1.0 for kind in tasks.SINGLE_KINDS}, 'reach': 1.5, 'push': 1.5},
+  'multi': {'pick': 1.0, 'put': 2.0, 'reach_push': 2.0, 'put_push': 2.0, 'put_put': 1.5},
 }
 
 
@@ -67,7 +85,8 @@ def _programs(config: TabletopConfig):
     return jax.vmap(lambda n: _start(seed, n, weights, config))(numbers)
 
   def replace(where, new, old):
-    pick = lambda a, b: jnp.where(where.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
+    def pick(a, b):
+      return jnp.where(where.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
     return jax.tree.map(pick, new, old)
 
   def advance(states, experts):
@@ -85,7 +104,13 @@ def _programs(config: TabletopConfig):
 
       frames, extrinsics = jax.vmap(look)(worlds)
       over = expert.finished(mind)
-      return state, mind, records | {'frames': frames, 'extrinsics': extrinsics}, over, rubric.success(state)
+      return (
+        state,
+        mind,
+        records | {'frames': frames, 'extrinsics': extrinsics},
+        over,
+        rubric.success(state),
+      )
 
     return jax.vmap(one)(states, experts)
 
@@ -95,22 +120,35 @@ def _programs(config: TabletopConfig):
 
 # What each leg of a plan does, by event kind (Segment captions); legs of expert._plan in order.
 _SEGMENTS = {
-    'reach': ('raise the gripper', 'move above the {cube} cube'),
-    'grasp': ('raise the open gripper', 'align with the {cube} cube', 'lower the gripper around the {cube} cube',
-              'close the gripper on the {cube} cube'),
-    'lift': ('raise the {cube} cube',),
-    'move': ('carry the {cube} cube to the {zone} zone',),
-    'place': ('lower the {cube} cube onto the {zone} zone',),
-    'release': ('open the gripper', 'back away from the {cube} cube'),
-    'push': ('go behind the {cube} cube', 'lower the gripper behind the {cube} cube', 'slide the {cube} cube {way}'),
+  'reach': ('raise the gripper', 'move above the {cube} cube'),
+  'grasp': (
+    'raise the open gripper',
+    'align with the {cube} cube',
+    'lower the gripper around the {cube} cube',
+    'close the gripper on the {cube} cube',
+  ),
+  'lift': ('raise the {cube} cube',),
+  'move': ('carry the {cube} cube to the {zone} zone',),
+  'place': ('lower the {cube} cube onto the {zone} zone',),
+  'release': ('open the gripper', 'back away from the {cube} cube'),
+  'push': (
+    'go behind the {cube} cube',
+    'lower the gripper behind the {cube} cube',
+    'slide the {cube} cube {way}',
+  ),
 }
 
 
 def _names(row: np.ndarray) -> dict[str, str]:
   """The words of one event row (kind, object, target)."""
   kind, obj, target = (int(v) for v in row)
-  return {'kind': EVENT_KINDS[kind], 'cube': CUBE_COLOURS[obj], 'zone': ZONE_COLOURS[min(target, mjcf.NUM_ZONES - 1)],
-          'way': DIRECTIONS[target], 'caption': CAPTIONS[int(tasks.event_caption(row))]}
+  return {
+    'kind': EVENT_KINDS[kind],
+    'cube': CUBE_COLOURS[obj],
+    'zone': ZONE_COLOURS[min(target, mjcf.NUM_ZONES - 1)],
+    'way': DIRECTIONS[target],
+    'caption': CAPTIONS[int(tasks.event_caption(row))],
+  }
 
 
 def _attempts(data: dict[str, np.ndarray], rows: np.ndarray, steps: int):
@@ -120,10 +158,19 @@ def _attempts(data: dict[str, np.ndarray], rows: np.ndarray, steps: int):
   stages, attempts = data['stage'][starts], data['attempt'][starts]
   for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
     failed = i + 1 < len(starts) and stages[i + 1] == stages[i]
-    yield start, end, _names(rows[stages[i]]), bool(failed), bool(attempts[i] > 0), data['ends'][start]
+    yield (
+      start,
+      end,
+      _names(rows[stages[i]]),
+      bool(failed),
+      bool(attempts[i] > 0),
+      data['ends'][start],
+    )
 
 
-def _segments(start: int, end: int, words: dict[str, str], leg_ends: np.ndarray, prefix: str) -> list[CaptionSpan]:
+def _segments(
+  start: int, end: int, words: dict[str, str], leg_ends: np.ndarray, prefix: str
+) -> list[CaptionSpan]:
   """L0 spans of one attempt; the rest at its end belongs to the last leg."""
   texts = [text.format(**words) for text in _SEGMENTS[words['kind']]]
   spans, begin = [], start
@@ -156,33 +203,47 @@ def _subtasks(events: list[tuple[EventSpan, dict[str, str]]]) -> list[CaptionSpa
   return spans
 
 
-def _record(name: str, task: tasks.Task, data: dict[str, np.ndarray], config: TabletopConfig, intrinsics) -> EpisodeRecord:
-  """The episode of one slot; `data` holds [steps + 1, ...] arrays, the last row is the final observation."""
+def _record(
+  name: str, task: tasks.Task, data: dict[str, np.ndarray], config: TabletopConfig, intrinsics
+) -> EpisodeRecord:
+  """The episode of one slot; `data` holds [steps + 1, ...] arrays, the last row is the final
+  observation.
+  """
   steps = len(data['active']) - 1
   rows, start_badly = np.asarray(task.script), bool(task.recovery)
   events, segments = [], []
   for start, end, words, failed, retry, leg_ends in _attempts(data, rows, steps):
     recovery = not failed and (retry or start_badly)
     flags = ('failed',) * failed + ('recovery',) * recovery
-    caption = f"fail to {words['caption']}" if failed else words['caption']
-    label = 'miss' if failed else f"{words['kind']} {words['cube']}"
+    caption = f'fail to {words["caption"]}' if failed else words['caption']
+    label = 'miss' if failed else f'{words["kind"]} {words["cube"]}'
     events.append((EventSpan(start, end + 1, label, {'L1': caption}, flags), words))
     segments += _segments(start, end, words, leg_ends, 'recover: ' if recovery else '')
-  actions = np.concatenate([data['action'][:steps], data['action'][steps - 1:steps]])
+  actions = np.concatenate([data['action'][:steps], data['action'][steps - 1 : steps]])
   instruction = CaptionSpan('L3', 0, steps + 1, CAPTIONS[int(task.instruction)])
   actions_l1 = [CaptionSpan('L1', e.start, e.end, e.captions['L1']) for e, _ in events]
   moving = {view: data['extrinsics'][:, i] for i, view in enumerate(VIEWS)}
   return EpisodeRecord(
-      episode_id=name, source=SOURCE, fps=1 / config.control_period, views=VIEWS,
-      frames={view: np.ascontiguousarray(data['frames'][:, i]) for i, view in enumerate(VIEWS)},
-      state=data['state'], actions=actions, events=tuple(event for event, _ in events),
-      calibration={view: Calibration(intrinsics[i], moving[view] if view == 'wrist' else moving[view][0])
-                   for i, view in enumerate(VIEWS)},
-      captions=(instruction, *_subtasks(events), *actions_l1, *segments))
+    episode_id=name,
+    source=SOURCE,
+    fps=1 / config.control_period,
+    views=VIEWS,
+    frames={view: np.ascontiguousarray(data['frames'][:, i]) for i, view in enumerate(VIEWS)},
+    state=data['state'],
+    actions=actions,
+    events=tuple(event for event, _ in events),
+    calibration={
+      view: Calibration(intrinsics[i], moving[view] if view == 'wrist' else moving[view][0])
+      for i, view in enumerate(VIEWS)
+    },
+    captions=(instruction, *_subtasks(events), *actions_l1, *segments),
+  )
 
 
 class _Collector:
-  """The host side of `collect`: which slot runs which episode, and the recordings not yet handed out."""
+  """The host side of `collect`: which slot runs which episode, and the recordings not yet handed
+  out.
+  """
 
   def __init__(self, seed: int, batch: int, mix: str, config: TabletopConfig):
     weights = np.array([MIXES[mix].get(kind, 0.0) for kind in TASK_KINDS], np.float32)
@@ -191,7 +252,9 @@ class _Collector:
     self.programs = _programs(config)
     self.issued = batch
     self.slots = [_Recording(number, []) for number in range(batch)]
-    self.states, self.experts = self.programs[0](seed, np.arange(batch, dtype=np.int32), self.weights)
+    self.states, self.experts = self.programs[0](
+      seed, np.arange(batch, dtype=np.int32), self.weights
+    )
 
   def advance(self) -> list[tuple[int, EpisodeRecord | None]]:
     """One chunk of control periods: the episodes that ended in it, None where the expert failed."""
@@ -205,7 +268,7 @@ class _Collector:
       keep = int(records['active'][slot].sum()) + int(over[slot])
       recording.chunks.append({name: value[slot, :keep].copy() for name, value in records.items()})
       if over[slot]:
-        task = jax.tree.map(lambda x: x[slot], tasks_now)
+        task = jax.tree.map(lambda x, slot=slot: x[slot], tasks_now)
         ended.append((recording.number, self._finish(recording, task) if success[slot] else None))
         self.slots[slot] = None
     return ended
@@ -224,21 +287,32 @@ class _Collector:
       self.states, self.experts = self.programs[1](replace, new, (self.states, self.experts))
 
   def _finish(self, recording: _Recording, task: tasks.Task) -> EpisodeRecord:
-    data = {name: np.concatenate([chunk[name] for chunk in recording.chunks]) for name in recording.chunks[0]}
+    data = {
+      name: np.concatenate([chunk[name] for chunk in recording.chunks])
+      for name in recording.chunks[0]
+    }
     name = f'{self.seed:04d}-{recording.number:06d}'
     return _record(name, task, data, self.config, intrinsics_of(self.config.image_size))
 
 
-def collect(num_episodes: int, seed: int, *, mix: str = 'mixed', batch: int = 64,
-            config: TabletopConfig = TabletopConfig(),
-            progress: Callable[[int, int], None] | None = None) -> Iterator[EpisodeRecord]:
+def collect(
+  num_episodes: int,
+  seed: int,
+  *,
+  mix: str = 'mixed',
+  batch: int = 64,
+  config: TabletopConfig = TabletopConfig(),
+  progress: Callable[[int, int], None] | None = None,
+) -> Iterator[EpisodeRecord]:
   """Successful demonstrations of the scripted expert.
 
   Args:
-    num_episodes: how many to yield. seed: the data are a function of it (and of mix and config) alone.
-    mix: which tasks, a key of MIXES: 'mixed' (scripts and single events), 'single' (single events only, the tasks
-      that are evaluated) or 'multi' (scripts only).
-    batch: tabletops stepped at once; changes speed, not data. progress: called with (yielded, num_episodes).
+    num_episodes: how many to yield. seed: the data are a function of it (and of mix and config)
+      alone.
+    mix: which tasks, a key of MIXES: 'mixed' (scripts and single events), 'single' (single events
+      only, the tasks that are evaluated) or 'multi' (scripts only).
+    batch: tabletops stepped at once; changes speed, not data. progress: called with (yielded,
+      num_episodes).
 
   Raises:
     ConfigError: unknown mix or a count below 1.
@@ -246,7 +320,9 @@ def collect(num_episodes: int, seed: int, *, mix: str = 'mixed', batch: int = 64
   if mix not in MIXES:
     raise ConfigError(f'collect.mix: expected one of {sorted(MIXES)}, got {mix!r}.')
   if num_episodes < 1 or batch < 1:
-    raise ConfigError(f'collect: expected num_episodes >= 1 and batch >= 1, got {num_episodes} and {batch}.')
+    raise ConfigError(
+      f'collect: expected num_episodes >= 1 and batch >= 1, got {num_episodes} and {batch}.'
+    )
   collector = _Collector(seed, min(batch, num_episodes), mix, config)
   finished: dict[int, EpisodeRecord | None] = {}
   following, yielded, failures = 0, 0, 0

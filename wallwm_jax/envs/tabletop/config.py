@@ -10,8 +10,10 @@ from wallwm_jax.types import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class TabletopConfig:
-  """image_size: (H, W) px of every view; substeps: physics steps of mjcf.TIMESTEP per control period;
-  yaw_range: cubes and gripper start within +- this, rad; start_spread: scale of the start perturbations."""
+  """image_size: (H, W) px of every view; substeps: physics steps of mjcf.TIMESTEP per control
+  period;
+  yaw_range: cubes and gripper start within +- this, rad; start_spread: scale of the start
+  perturbations."""
 
   image_size: tuple[int, int] = (48, 48)
   substeps: int = 5
@@ -20,7 +22,9 @@ class TabletopConfig:
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 8:
-      raise ConfigError(f'tabletop.image_size: expected (H, W) of at least 8 px, got {self.image_size}.')
+      raise ConfigError(
+        f'tabletop.image_size: expected (H, W) of at least 8 px, got {self.image_size}.'
+      )
     if self.substeps < 1:
       raise ConfigError(f'tabletop.substeps: expected >= 1, got {self.substeps}.')
     if not 0 <= self.yaw_range <= 0.7:

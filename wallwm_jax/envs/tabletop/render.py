@@ -1,6 +1,7 @@
 """Ray casting of the tabletop in JAX: boxes, a table plane with zones, one light with shadows.
 
-Written as elementwise arithmetic over all rays with a colour packed in one int32, so that XLA fuses the image into a
+Written as elementwise arithmetic over all rays with a colour packed in one int32, so that XLA fuses
+the image into a
 single vectorised loop: no gathers, one output.
 """
 
@@ -16,12 +17,15 @@ from wallwm_jax.envs.tabletop.state import TabletopState
 from wallwm_jax.geometry import cameras
 
 VIEWS = ('front', 'side', 'wrist')
-# (eye, target) m in the world, for the wrist camera in the gripper frame; vertical field of view, rad.
+# (eye, target) m in the world, for the wrist camera in the gripper frame; vertical field of view,
+# rad.
 _EYES = np.array([[0.0, -0.44, 0.50], [0.48, 0.0, 0.44], [-0.105, 0.0, 0.055]], np.float32)
 _TARGETS = np.array([[0.0, -0.01, 0.03], [0.0, 0.0, 0.04], [0.015, 0.0, -0.03]], np.float32)
 _FIELDS = np.deg2rad([43.0, 43.0, 80.0])
 
-CUBE_RGB = np.array([[0.90, 0.12, 0.10], [0.25, 0.85, 0.15], [0.12, 0.30, 0.95], [0.98, 0.85, 0.10]], np.float32)
+CUBE_RGB = np.array(
+  [[0.90, 0.12, 0.10], [0.25, 0.85, 0.15], [0.12, 0.30, 0.95], [0.98, 0.85, 0.10]], np.float32
+)
 ZONE_RGB = np.array([[0.05, 0.42, 0.18], [0.55, 0.20, 0.62], [0.88, 0.88, 0.88]], np.float32)
 _TABLE_RGB = (0.42, 0.36, 0.31)
 _FLOOR_RGB = (0.20, 0.19, 0.20)
@@ -43,23 +47,37 @@ def intrinsics_of(image_size: tuple[int, int]) -> np.ndarray:
   return intrinsics
 
 
-def calibration(state: TabletopState, image_size: tuple[int, int]) -> tuple[Float[Array, "V 3 3"], Float[Array, "V 4 4"]]:
-  """Intrinsics (px) for (H, W) and camera-to-world extrinsics (m, OpenCV axes) of VIEWS; the wrist moves."""
+def calibration(
+  state: TabletopState, image_size: tuple[int, int]
+) -> tuple[Float[Array, 'V 3 3'], Float[Array, 'V 4 4']]:
+  """Intrinsics (px) for (H, W) and camera-to-world extrinsics (m, OpenCV axes) of VIEWS; the wrist
+  moves.
+  """
   mounts = jnp.asarray(cameras.look_at(_EYES, _TARGETS))
-  stage = state.physics.qpos[:mjcf.NUM_STAGE]
+  stage = state.physics.qpos[: mjcf.NUM_STAGE]
   cos, sin, zero, one = jnp.cos(stage[3]), jnp.sin(stage[3]), jnp.zeros(()), jnp.ones(())
-  hand = jnp.stack([jnp.stack([cos, -sin, zero, stage[0]]), jnp.stack([sin, cos, zero, stage[1]]),
-                    jnp.stack([zero, zero, one, stage[2]]), jnp.stack([zero, zero, zero, one])])
+  hand = jnp.stack(
+    [
+      jnp.stack([cos, -sin, zero, stage[0]]),
+      jnp.stack([sin, cos, zero, stage[1]]),
+      jnp.stack([zero, zero, one, stage[2]]),
+      jnp.stack([zero, zero, zero, one]),
+    ]
+  )
   wrist = (hand[:, :, None] * mounts[2][None]).sum(1)
   return jnp.asarray(intrinsics_of(image_size)), mounts.at[2].set(wrist)
 
 
 def _quaternion_axes(q):
-  """Rows of the world-to-box rotation: the box axes in the world, [..., 3, 3] from quaternions [..., 4] (w first)."""
+  """Rows of the world-to-box rotation: the box axes in the world, [..., 3, 3] from quaternions
+  [..., 4] (w first).
+  """
   w, x, y, z = (q[..., i] for i in range(4))
-  rows = [[1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)],
-          [2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)],
-          [2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)]]
+  rows = [
+    [1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)],
+    [2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)],
+    [2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)],
+  ]
   return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
 
 
@@ -72,21 +90,30 @@ def _boxes(state: TabletopState):
   cube_axes = _quaternion_axes(quaternions)
   # An absent cube gets a negative size, which no ray can hit, wherever it is parked.
   cube_half = jnp.where(state.cube_present, mjcf.CUBE_HALF, -1.0)
-  cubes = [(positions[i], cube_axes[i], jnp.full((3,), cube_half[i])) for i in range(mjcf.NUM_CUBES)]
-  stage = state.physics.qpos[:mjcf.NUM_STAGE]
+  cubes = [
+    (positions[i], cube_axes[i], jnp.full((3,), cube_half[i])) for i in range(mjcf.NUM_CUBES)
+  ]
+  stage = state.physics.qpos[: mjcf.NUM_STAGE]
   cos, sin, zero, one = jnp.cos(stage[3]), jnp.sin(stage[3]), jnp.zeros(()), jnp.ones(())
-  axes = jnp.stack([jnp.stack([cos, sin, zero]), jnp.stack([-sin, cos, zero]), jnp.stack([zero, zero, one])])
+  axes = jnp.stack(
+    [jnp.stack([cos, sin, zero]), jnp.stack([-sin, cos, zero]), jnp.stack([zero, zero, one])]
+  )
   parts = [
-      (0.0, stage[4] + mjcf.FINGER_HALF[1], mjcf.FINGER_CENTRE_Z, mjcf.FINGER_HALF),
-      (0.0, -stage[5] - mjcf.FINGER_HALF[1], mjcf.FINGER_CENTRE_Z, mjcf.FINGER_HALF),
-      (0.0, 0.0, mjcf.PALM_CENTRE_Z, mjcf.PALM_HALF),
-      (0.0, 0.0, mjcf.STEM_CENTRE_Z, mjcf.STEM_HALF)]
-  hand = [(stage[:3] + x * axes[0] + y * axes[1] + z * axes[2], axes, half) for x, y, z, half in parts]
+    (0.0, stage[4] + mjcf.FINGER_HALF[1], mjcf.FINGER_CENTRE_Z, mjcf.FINGER_HALF),
+    (0.0, -stage[5] - mjcf.FINGER_HALF[1], mjcf.FINGER_CENTRE_Z, mjcf.FINGER_HALF),
+    (0.0, 0.0, mjcf.PALM_CENTRE_Z, mjcf.PALM_HALF),
+    (0.0, 0.0, mjcf.STEM_CENTRE_Z, mjcf.STEM_HALF),
+  ]
+  hand = [
+    (stage[:3] + x * axes[0] + y * axes[1] + z * axes[2], axes, half) for x, y, z, half in parts
+  ]
   return cubes + hand
 
 
 def _slab(origin, direction, half):
-  """Entry distances per axis (list of 3) and the exit distance of rays against one box, all in box axes."""
+  """Entry distances per axis (list of 3) and the exit distance of rays against one box, all in box
+  axes.
+  """
   near, far = [], None
   for o, d, h in zip(origin, direction, half):
     inverse = 1.0 / jnp.where(jnp.abs(d) < _TINY, _TINY, d)
@@ -99,11 +126,15 @@ def _slab(origin, direction, half):
 
 def _to_axes(axes, vector):
   """Components of `vector` (list of 3 arrays) along box axes [3, 3] (rows): a list of 3 arrays."""
-  return [axes[i, 0] * vector[0] + axes[i, 1] * vector[1] + axes[i, 2] * vector[2] for i in range(3)]
+  return [
+    axes[i, 0] * vector[0] + axes[i, 1] * vector[1] + axes[i, 2] * vector[2] for i in range(3)
+  ]
 
 
 def _pack_rgb(xp, colour):
-  """RGB 0..1 (last axis) as one int32: 8 bits per channel, 10 bits apart, so that four of them can be added."""
+  """RGB 0..1 (last axis) as one int32: 8 bits per channel, 10 bits apart, so that four of them can
+  be added.
+  """
   level = xp.round(xp.clip(colour, 0, 1) * 255).astype(xp.int32)
   return (level[..., 0] << 20) | (level[..., 1] << 10) | level[..., 2]
 
@@ -126,9 +157,11 @@ def _table(state: TabletopState, boxes, x, y):
 
 
 def _face_colours(rgb, axes, origin):
-  """Packed colours (list of 3 arrays [V, 1]) of the faces a camera at `origin` (in box axes) can see, per axis.
+  """Packed colours (list of 3 arrays [V, 1]) of the faces a camera at `origin` (in box axes) can
+  see, per axis.
 
-  A ray enters a box by the face on the camera's side of that axis, so the face follows from the origin alone.
+  A ray enters a box by the face on the camera's side of that axis, so the face follows from the
+  origin alone.
   """
   colours = []
   for i in range(3):
@@ -160,23 +193,31 @@ def _trace(state: TabletopState, origin, ray):
 
 
 def _local_rays(image_size: tuple[int, int]) -> np.ndarray:
-  """Ray directions in camera axes of every sample of every pixel, float32 [V, S * H * W, 3] (a constant)."""
+  """Ray directions in camera axes of every sample of every pixel, float32 [V, S * H * W, 3] (a
+  constant).
+  """
   height, width = image_size
   rows, columns = np.mgrid[:height, :width]
   corner = np.stack([columns, rows], -1).reshape(-1, 2)
   pixels = np.concatenate([corner + np.asarray(s) for s in _SAMPLES])
   identity = np.tile(np.eye(4), (len(VIEWS), 1, 1))
-  _, rays = cameras.pixel_rays(np.tile(pixels, (len(VIEWS), 1, 1)), intrinsics_of(image_size), identity)
+  _, rays = cameras.pixel_rays(
+    np.tile(pixels, (len(VIEWS), 1, 1)), intrinsics_of(image_size), identity
+  )
   return rays.astype(np.float32)
 
 
-def render(state: TabletopState, image_size: tuple[int, int]) -> UInt8[Array, "V H W 3"]:
+def render(state: TabletopState, image_size: tuple[int, int]) -> UInt8[Array, 'V H W 3']:
   """The images of VIEWS at (H, W), uint8, 2x2 samples per pixel."""
   _, extrinsics = calibration(state, image_size)
   local = _local_rays(image_size)
   ray = [sum(extrinsics[:, i, j, None] * local[..., j] for j in range(3)) for i in range(3)]
   # The barrier keeps XLA from computing the trace once per colour channel.
-  packed = jax.lax.optimization_barrier(_trace(state, [extrinsics[:, i, 3, None] for i in range(3)], ray))
-  packed = jax.lax.optimization_barrier(packed.reshape(len(VIEWS), len(_SAMPLES), *image_size).sum(1))
+  packed = jax.lax.optimization_barrier(
+    _trace(state, [extrinsics[:, i, 3, None] for i in range(3)], ray)
+  )
+  packed = jax.lax.optimization_barrier(
+    packed.reshape(len(VIEWS), len(_SAMPLES), *image_size).sum(1)
+  )
   rgb = jnp.stack([packed >> 20, (packed >> 10) & 1023, packed & 1023], -1)
   return ((rgb + len(_SAMPLES) // 2) // len(_SAMPLES)).astype(jnp.uint8)

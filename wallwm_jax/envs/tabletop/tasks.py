@@ -1,8 +1,9 @@
 """What the robot is asked to do: atomic events, their captions, and scripts composed of them.
 
-An event is (kind, object, target): the object indexes CUBE_COLOURS; the target indexes ZONE_COLOURS for move, place
-and release, DIRECTIONS for push, and is -1 otherwise. A task is a script of up to MAX_EVENTS events plus an
-instruction. Captions are data (CAPTIONS), so that a jitted rollout can hand out int32 ids.
+An event is (kind, object, target): the object indexes CUBE_COLOURS; the target indexes ZONE_COLOURS
+for move, place and release, DIRECTIONS for push, and is -1 otherwise. A task is a script of up to
+MAX_EVENTS events plus an instruction. Captions are data (CAPTIONS), so that a jitted rollout can
+hand out int32 ids.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DIRECTION_VECTORS = np.array([[-1, 0], [1, 0], [0, 1], [0, -1]], np.float32)
 # Task kinds: the seven single events under their own names, then compositions.
 TASK_KINDS = EVENT_KINDS + ('pick', 'put', 'reach_push', 'put_push', 'put_put')
 SINGLE_KINDS = EVENT_KINDS
-MULTI_KINDS = TASK_KINDS[len(EVENT_KINDS):]
+MULTI_KINDS = TASK_KINDS[len(EVENT_KINDS) :]
 MAX_EVENTS = 12
 
 _FIRST, _SECOND = 0, 1  # object roles; also the zone roles
@@ -34,32 +35,44 @@ _DIRECTION, _NONE = 2, -1
 
 
 def _put(role: int) -> list[tuple[int, int, int]]:
-  return [(REACH, role, _NONE), (GRASP, role, _NONE), (LIFT, role, _NONE), (MOVE, role, role), (PLACE, role, role),
-          (RELEASE, role, role)]
+  return [
+    (REACH, role, _NONE),
+    (GRASP, role, _NONE),
+    (LIFT, role, _NONE),
+    (MOVE, role, role),
+    (PLACE, role, role),
+    (RELEASE, role, role),
+  ]
 
 
 _SINGLE_TARGET = {MOVE: _FIRST, PLACE: _FIRST, RELEASE: _FIRST, PUSH: _DIRECTION}
-_TEMPLATES = [[(kind, _FIRST, _SINGLE_TARGET.get(kind, _NONE))] for kind in range(len(EVENT_KINDS))] + [
-    _put(_FIRST)[:3],
-    _put(_FIRST),
-    [(REACH, _FIRST, _NONE), (PUSH, _FIRST, _DIRECTION)],
-    _put(_FIRST) + [(REACH, _SECOND, _NONE), (PUSH, _SECOND, _DIRECTION)],
-    _put(_FIRST) + _put(_SECOND),
+_TEMPLATES = [
+  [(kind, _FIRST, _SINGLE_TARGET.get(kind, _NONE))] for kind in range(len(EVENT_KINDS))
+] + [
+  _put(_FIRST)[:3],
+  _put(_FIRST),
+  [(REACH, _FIRST, _NONE), (PUSH, _FIRST, _DIRECTION)],
+  _put(_FIRST) + [(REACH, _SECOND, _NONE), (PUSH, _SECOND, _DIRECTION)],
+  _put(_FIRST) + _put(_SECOND),
 ]
 _LENGTHS = np.array([len(rows) for rows in _TEMPLATES], np.int32)
-_SCRIPTS = np.array([rows + [(_NONE, _NONE, _NONE)] * (MAX_EVENTS - len(rows)) for rows in _TEMPLATES], np.int32)
+_SCRIPTS = np.array(
+  [rows + [(_NONE, _NONE, _NONE)] * (MAX_EVENTS - len(rows)) for rows in _TEMPLATES], np.int32
+)
 
 
 @pytree_dataclass
 class Task:
-  """kind: index into TASK_KINDS; script: [MAX_EVENTS, 3] (kind, object, target), -1 beyond `length`;
-  instruction: index into CAPTIONS; recovery: start from a larger perturbation (reach and grasp only)."""
+  """kind: index into TASK_KINDS; script: [MAX_EVENTS, 3] (kind, object, target), -1 beyond
+  `length`;
+  instruction: index into CAPTIONS; recovery: start from a larger perturbation (reach and grasp
+  only)."""
 
-  kind: Int[Array, ""]
-  script: Int[Array, "S 3"]
-  length: Int[Array, ""]
-  instruction: Int[Array, ""]
-  recovery: Bool[Array, ""]
+  kind: Int[Array, '']
+  script: Int[Array, 'S 3']
+  length: Int[Array, '']
+  instruction: Int[Array, '']
+  recovery: Bool[Array, '']
 
 
 def _others(size: int, first: int) -> list[int]:
@@ -67,24 +80,33 @@ def _others(size: int, first: int) -> list[int]:
 
 
 def _build_captions() -> tuple[tuple[str, ...], np.ndarray]:
-  """All captions, and where each family starts: the event kinds, then pick, put, put_push, put_put."""
+  """All captions, and where each family starts: the event kinds, then pick, put, put_push,
+  put_put.
+  """
   cube, zone, way = CUBE_COLOURS, ZONE_COLOURS, DIRECTIONS
   puts = [f'put the {c} cube on the {z} zone' for c in cube for z in zone]
   families = [
-      [f'reach the {c} cube' for c in cube],
-      [f'grasp the {c} cube' for c in cube],
-      [f'lift the {c} cube' for c in cube],
-      [f'move the {c} cube over the {z} zone' for c in cube for z in zone],
-      [f'place the {c} cube on the {z} zone' for c in cube for z in zone],
-      [f'release the {c} cube' for c in cube],
-      [f'push the {c} cube {d}' for c in cube for d in way],
-      [f'pick up the {c} cube' for c in cube],
-      puts,
-      [f'{puts[a * NUM_ZONES + z]}, then push the {cube[b]} cube {d}' for a, z in
-       itertools.product(range(NUM_CUBES), range(NUM_ZONES)) for b in _others(NUM_CUBES, a) for d in way],
-      [f'{puts[a * NUM_ZONES + z]}, then the {cube[b]} cube on the {zone[y]} zone' for a, z in
-       itertools.product(range(NUM_CUBES), range(NUM_ZONES)) for b in _others(NUM_CUBES, a)
-       for y in _others(NUM_ZONES, z)],
+    [f'reach the {c} cube' for c in cube],
+    [f'grasp the {c} cube' for c in cube],
+    [f'lift the {c} cube' for c in cube],
+    [f'move the {c} cube over the {z} zone' for c in cube for z in zone],
+    [f'place the {c} cube on the {z} zone' for c in cube for z in zone],
+    [f'release the {c} cube' for c in cube],
+    [f'push the {c} cube {d}' for c in cube for d in way],
+    [f'pick up the {c} cube' for c in cube],
+    puts,
+    [
+      f'{puts[a * NUM_ZONES + z]}, then push the {cube[b]} cube {d}'
+      for a, z in itertools.product(range(NUM_CUBES), range(NUM_ZONES))
+      for b in _others(NUM_CUBES, a)
+      for d in way
+    ],
+    [
+      f'{puts[a * NUM_ZONES + z]}, then the {cube[b]} cube on the {zone[y]} zone'
+      for a, z in itertools.product(range(NUM_CUBES), range(NUM_ZONES))
+      for b in _others(NUM_CUBES, a)
+      for y in _others(NUM_ZONES, z)
+    ],
   ]
   offsets = np.cumsum([0] + [len(family) for family in families[:-1]]).astype(np.int32)
   return tuple(itertools.chain.from_iterable(families)), offsets
@@ -94,11 +116,13 @@ CAPTIONS, _OFFSETS = _build_captions()
 _PICK, _PUT, _PUT_PUSH, _PUT_PUT = range(len(EVENT_KINDS), len(EVENT_KINDS) + 4)
 
 
-def event_caption(event: Int[Array, "3"]) -> Int[Array, ""]:
+def event_caption(event: Int[Array, '3']) -> Int[Array, '']:
   """Index into CAPTIONS of one event row (kind, object, target); a row of -1 gives caption 0."""
   kind, obj, target = jnp.maximum(event, 0)
   stride = jnp.asarray([1, 1, 1, NUM_ZONES, NUM_ZONES, 1, len(DIRECTIONS)])[kind]
-  return (jnp.asarray(_OFFSETS)[kind] + obj * stride + jnp.where(stride > 1, target, 0)).astype(jnp.int32)
+  return (jnp.asarray(_OFFSETS)[kind] + obj * stride + jnp.where(stride > 1, target, 0)).astype(
+    jnp.int32
+  )
 
 
 def _instruction(kind, script, objects, zones, way):
@@ -111,15 +135,20 @@ def _instruction(kind, script, objects, zones, way):
   put_put = (put * (NUM_CUBES - 1) + other) * (NUM_ZONES - 1) + y - (y > z)
   single = event_caption(script[0])
   push = event_caption(jnp.stack([jnp.int32(PUSH), a, way]))
-  compositions = [_OFFSETS[_PICK] + a, _OFFSETS[_PUT] + put, push, _OFFSETS[_PUT_PUSH] + put_push,
-                  _OFFSETS[_PUT_PUT] + put_put]
+  compositions = [
+    _OFFSETS[_PICK] + a,
+    _OFFSETS[_PUT] + put,
+    push,
+    _OFFSETS[_PUT_PUSH] + put_push,
+    _OFFSETS[_PUT_PUT] + put_put,
+  ]
   table = jnp.stack([single] * len(EVENT_KINDS) + [jnp.asarray(c, jnp.int32) for c in compositions])
   return table[kind]
 
 
 class Draws:
-  """Numbers uniform in 0..1, cut one after the other from a single draw: every separate call of jax.random adds
-  about half a second to compilation."""
+  """Numbers uniform in 0..1, cut one after the other from a single draw: every separate call of
+  jax.random adds about half a second to compilation."""
 
   def __init__(self, key: PRNGKey, size: int):
     self._values = jax.random.uniform(key, (size,))
@@ -130,21 +159,23 @@ class Draws:
     count = math.prod(shape)
     if self._used + count > len(self._values):
       raise ValueError(f'Draws: {self._used + count} numbers asked for, {len(self._values)} drawn.')
-    values = self._values[self._used:self._used + count].reshape(shape)
+    values = self._values[self._used : self._used + count].reshape(shape)
     self._used += count
     return low + (high - low) * values
 
-  def permutation(self, size: int) -> Int[Array, "N"]:
+  def permutation(self, size: int) -> Int[Array, 'N']:
     """A random order of 0..size-1, by counting (a sort would be slow to compile)."""
     return ranks(self(size))
 
 
-def ranks(score: Float[Array, "N"]) -> Int[Array, "N"]:
+def ranks(score: Float[Array, 'N']) -> Int[Array, 'N']:
   """How many entries are smaller than each entry: a permutation if all differ."""
   return (score[:, None] > score[None]).sum(1, dtype=jnp.int32)
 
 
-def sample_task(key: PRNGKey, kind: int | str | Int[Array, ""], recovery: bool | Bool[Array, ""] = False) -> Task:
+def sample_task(
+  key: PRNGKey, kind: int | str | Int[Array, ''], recovery: bool | Bool[Array, ''] = False
+) -> Task:
   """A random task of one kind (a name or index of TASK_KINDS; the index may be traced).
 
   Raises:
@@ -162,12 +193,19 @@ def sample_task(key: PRNGKey, kind: int | str | Int[Array, ""], recovery: bool |
   obj = jnp.where(roles[:, 1] >= 0, objects[jnp.maximum(roles[:, 1], 0)], -1)
   target = jnp.concatenate([zones, way[None]])[jnp.maximum(roles[:, 2], 0)]
   script = jnp.stack([roles[:, 0], obj, jnp.where(roles[:, 2] >= 0, target, -1)], -1)
-  return Task(kind, script, jnp.asarray(_LENGTHS)[kind], _instruction(kind, script, objects, zones, way),
-              jnp.asarray(recovery))
+  return Task(
+    kind,
+    script,
+    jnp.asarray(_LENGTHS)[kind],
+    _instruction(kind, script, objects, zones, way),
+    jnp.asarray(recovery),
+  )
 
 
 def task_suite(key: PRNGKey, kinds: tuple[str, ...] = SINGLE_KINDS, per_kind: int = 8) -> Task:
-  """`per_kind` random tasks of each kind, in the order of `kinds`: a Task whose leaves have a leading axis."""
+  """`per_kind` random tasks of each kind, in the order of `kinds`: a Task whose leaves have a
+  leading axis.
+  """
   unknown = [kind for kind in kinds if kind not in TASK_KINDS]
   if unknown or not kinds:
     raise ConfigError(f'task kinds: expected some of {TASK_KINDS}, got {kinds}.')
