@@ -13,7 +13,7 @@ import pytest
 from wallwm_jax.envs.tabletop import SINGLE_KINDS, TabletopConfig, env_fns, physics, rubric, tasks
 from wallwm_jax.envs.tabletop.collect import _Collector
 from wallwm_jax.geometry import poses
-from wallwm_jax.types import ConfigError, WallWMError
+from wallwm_jax.types import ConfigError
 
 CONFIG = TabletopConfig(image_size=(16, 16))
 ENV = env_fns(CONFIG)
@@ -46,9 +46,12 @@ def commands(states):
   return jax.vmap(physics.pose_of)(states.physics.ctrl)
 
 
-def assert_close(a, b, atol):
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), atol=atol)
+def assert_same_world(a, b):
+  """Equal poses and bookkeeping; velocities and the solver's warm start only up to its tolerance."""
+  np.testing.assert_allclose(a.physics.qpos, b.physics.qpos, atol=2e-4)
+  np.testing.assert_allclose(a.physics.ctrl, b.physics.ctrl, atol=1e-5)
+  np.testing.assert_allclose(a.physics.qvel, b.physics.qvel, atol=0.02)
+  assert (a.stage == b.stage) and (a.dwell == b.dwell)
 
 
 def test_holding_still_completes_nothing(starts, step_all):
@@ -58,8 +61,9 @@ def test_holding_still_completes_nothing(starts, step_all):
     assert (states.stage == 0).all()
   assert not jax.vmap(ENV.success)(states).any()
   assert (jax.vmap(ENV.progress)(states) == 0).all()
-  moved = jnp.abs(states.physics.qpos[:, 6:] - starts.physics.qpos[:, 6:]).max(-1)
-  assert moved.max() < 0.01  # held cubes stay held, resting cubes stay put
+  (before, turned), (after, turns) = (jax.vmap(physics.cube_poses)(x.physics) for x in (starts, states))
+  assert jnp.abs(after - before).max() < 0.004  # held cubes stay held, resting cubes stay put
+  assert jnp.abs(turns - turned).max() < 0.1  # a cube held off its centre tilts a little
 
 
 @pytest.mark.slow
@@ -67,7 +71,7 @@ def test_one_environment_steps_like_a_batch_of_them(starts, step_all, step_one):
   target = commands(starts).at[:, :3].add(jnp.asarray([0.02, -0.01, 0.01]))
   together = step_all(starts, target)
   for i in (0, 5, 13):
-    assert_close(step_one(pick(starts, i), target[i]), pick(together, i), 2e-4)
+    assert_same_world(step_one(pick(starts, i), target[i]), pick(together, i))
 
 
 def test_targets_are_tracked_within_the_stage_limits(starts, step_one):
@@ -85,9 +89,7 @@ def test_targets_are_tracked_within_the_stage_limits(starts, step_one):
 
 def test_a_target_that_is_not_finite_means_stay(starts, step_one):
   state = pick(starts, 0)
-  assert_close(
-    step_one(state, jnp.full((10,), jnp.nan)), step_one(state, commands(starts)[0]), 1e-6
-  )
+  assert_same_world(step_one(state, jnp.full((10,), jnp.nan)), step_one(state, commands(starts)[0]))
 
 
 @pytest.mark.slow
@@ -102,7 +104,7 @@ def test_execute_is_repeated_stepping(starts, step_one):
     last = goal if valid else last
     state = step_one(state, last)
     expected.append(physics.gripper_pose(state.physics))
-  assert_close(after, state, 2e-4)
+  assert_same_world(after, state)
   np.testing.assert_allclose(measured, jnp.stack(expected), atol=2e-4)
   assert frames.shape == (3, 6, 16, 16, 3) and frames.dtype == jnp.uint8
   # The last frame is the observation of the final state.
@@ -125,7 +127,7 @@ def test_replayed_demonstrations_succeed_and_progress_never_falls(step_all):
   assert len(usable) >= 2
   states, progress = starts, []
   for t in range(max(len(ended[i].actions) for i in usable)):
-    target = np.asarray(commands(states))
+    target = np.array(commands(states))
     for i in usable:
       target[i] = ended[i].actions[min(t, len(ended[i].actions) - 1)]
     states = step_all(states, target)
@@ -186,15 +188,6 @@ def test_equal_configs_share_their_functions():
 def test_bad_settings_are_refused(bad):
   with pytest.raises(ConfigError, match=next(iter(bad))):
     TabletopConfig(**bad)
-
-
-def test_a_thread_pool_that_would_hang_is_refused(monkeypatch):
-  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
-  monkeypatch.setenv('NPROC', '2')
-  with pytest.raises(WallWMError, match='NPROC=8'):
-    physics._require_threads()
-  monkeypatch.setenv('NPROC', '8')
-  physics._require_threads()
 
 
 def test_dropped_frames_are_not_rendered(starts):

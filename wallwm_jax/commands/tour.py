@@ -49,7 +49,7 @@ class Size:
 
 
 SIZES = {
-  'full': Size(1800, 'single', steps=(400, 500, 60), attempts=20, events=96, calls=30),
+  'full': Size(900, 'single', steps=(400, 500, 60), attempts=20, events=96, calls=30),
   'ci': Size(64, 'single', steps=(20, 20, 10), attempts=4, events=16, calls=5),
 }
 
