@@ -1,5 +1,7 @@
 """Demonstrations of the scripted expert."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -74,18 +76,27 @@ def test_actions_lead_the_measured_state(episodes):
   assert speed.max() < 0.06
 
 
-def test_recordings_depend_only_on_seed_and_number(episodes):
-  again = list(collect(6, 3, mix='mixed', batch=BATCH, config=CONFIG))
+def test_recordings_depend_on_seed_and_number_not_on_the_batch(episodes):
+  again = list(collect(6, 3, mix='mixed', batch=6, config=CONFIG))
   for a, b in zip(episodes, again):
-    assert a.episode_id == b.episode_id and a.events == b.events and a.captions == b.captions
+    assert a.episode_id == b.episode_id and a.captions == b.captions
+    assert [dataclasses.astuple(e) for e in a.events] == [dataclasses.astuple(e) for e in b.events]
+    np.testing.assert_allclose(a.state, b.state, atol=1e-4)
+    np.testing.assert_allclose(a.actions, b.actions, atol=1e-4)
+    for view in a.views:
+      assert np.abs(a.frames[view].astype(int) - b.frames[view]).mean() < 0.1
+  other = next(iter(collect(6, 4, mix='mixed', batch=6, config=CONFIG)))
+  assert other.episode_id != episodes[0].episode_id
+  assert not np.array_equal(other.state[0], episodes[0].state[0])
+
+
+def test_the_same_call_gives_the_same_bits(episodes):
+  again = collect(20, 3, mix='mixed', batch=BATCH, config=CONFIG)
+  for a, b in zip(episodes, again):
     np.testing.assert_array_equal(a.state, b.state)
     np.testing.assert_array_equal(a.actions, b.actions)
     for view in a.views:
       np.testing.assert_array_equal(a.frames[view], b.frames[view])
-  other = next(iter(collect(1, 4, mix='mixed', batch=BATCH, config=CONFIG)))
-  assert other.episode_id != episodes[0].episode_id and not np.array_equal(
-    other.state[0], episodes[0].state[0]
-  )
 
 
 def test_the_single_mix_holds_one_event_per_episode():

@@ -47,7 +47,7 @@ def commands(states):
 
 
 def assert_same_world(a, b):
-  """Equal poses and bookkeeping; velocities and the solver's warm start only up to its tolerance."""
+  """Equal poses and bookkeeping; velocities up to the solver's tolerance, its warm start not."""
   np.testing.assert_allclose(a.physics.qpos, b.physics.qpos, atol=2e-4)
   np.testing.assert_allclose(a.physics.ctrl, b.physics.ctrl, atol=1e-5)
   np.testing.assert_allclose(a.physics.qvel, b.physics.qvel, atol=0.02)
@@ -61,7 +61,9 @@ def test_holding_still_completes_nothing(starts, step_all):
     assert (states.stage == 0).all()
   assert not jax.vmap(ENV.success)(states).any()
   assert (jax.vmap(ENV.progress)(states) == 0).all()
-  (before, turned), (after, turns) = (jax.vmap(physics.cube_poses)(x.physics) for x in (starts, states))
+  (before, turned), (after, turns) = (
+    jax.vmap(physics.cube_poses)(x.physics) for x in (starts, states)
+  )
   assert jnp.abs(after - before).max() < 0.004  # held cubes stay held, resting cubes stay put
   assert jnp.abs(turns - turned).max() < 0.1  # a cube held off its centre tilts a little
 

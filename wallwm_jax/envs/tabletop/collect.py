@@ -87,6 +87,7 @@ def _programs(config: TabletopConfig):
   def replace(where, new, old):
     def pick(a, b):
       return jnp.where(where.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
+
     return jax.tree.map(pick, new, old)
 
   def advance(states, experts):

@@ -248,8 +248,10 @@ def step(state: TabletopState, expert: ExpertState, config: TabletopConfig):
   }
   after = env.step(state, _pose(noisy), config)
   moved = dataclasses.replace(moved, t=moved.t + 1)
+
   def keep(new, old):
     return jnp.where(active, new, old)
+
   return jax.tree.map(keep, after, state), jax.tree.map(keep, moved, expert), record
 
 
