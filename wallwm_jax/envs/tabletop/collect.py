@@ -3,7 +3,7 @@
 Slots of a batch run in lockstep inside one jitted program; a slot whose episode is over is given
 the next episode at once. An episode is a function of (seed, its number) alone, and episodes are
 handed out in the order of their numbers, so that neither the batch size nor the running time of
-others changes the data. Episodes the expert fails are left out.
+others changes the data beyond rounding. Episodes the expert fails are left out.
 """
 
 from __future__ import annotations
@@ -312,8 +312,8 @@ def collect(
       alone.
     mix: which tasks, a key of MIXES: 'mixed' (scripts and single events), 'single' (single events
       only, the tasks that are evaluated) or 'multi' (scripts only).
-    batch: tabletops stepped at once; changes speed, not data. progress: called with (yielded,
-      num_episodes).
+    batch: tabletops stepped at once; changes speed, and the data by rounding only.
+    progress: called with (yielded, num_episodes).
 
   Raises:
     ConfigError: unknown mix or a count below 1.
