@@ -1,5 +1,5 @@
 """Cost of K = 6 action noise draws over one anchored video forward, as a multiple of one draw
-(stage 2 step).
+(stage 2, whole step).
 
 wallwm bench action_draws
 """
@@ -15,28 +15,33 @@ import jax
 import jax.numpy as jnp
 
 from wallwm_jax import presets
-from wallwm_jax.models import functional
-from wallwm_jax.training.stages import split_trainable, stage_loss
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training.state import abstract_state, build_optimizer, init_state
+from wallwm_jax.training.step import make_train_step
 from wallwm_jax.types import NormStats
 
 
 def make_step(draws: int, batch_size: int):
-  """A compiled stage-2 loss and gradient with `draws` action draws, as a call without arguments."""
-  base = presets.stage(presets.tabletop(), '2', steps=1)
+  """A whole stage-2 optimizer step with `draws` action draws, as a call without arguments."""
+  base = presets.stage(presets.tabletop(), '2', steps=1000)
   config = dataclasses.replace(
     base,
     diffusion=dataclasses.replace(base.diffusion, action_draws=draws),
     data=dataclasses.replace(base.data, batch_size=batch_size),
   )
+  mesh, optimizer = make_mesh(config.mesh), build_optimizer(config)
+  abstract = abstract_state(config, optimizer, mesh)
+  step = make_train_step(config, mesh, optimizer, abstract)
   a, c = config.model.action_spec.dim, config.model.codec.channels
   norm = NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones)))
-  params = jax.jit(functional.init_params, static_argnums=0)(config.model, jax.random.key(0))
-  trainable, frozen = split_trainable(params, '2')
-  batch = jax.device_put(config.fake_batch())
-  step = jax.jit(
-    jax.value_and_grad(lambda p, key: stage_loss(frozen | p, batch, norm, key, config=config)[0])
-  )
-  return lambda: step(trainable, jax.random.key(1))
+  batch, state = jax.device_put(config.fake_batch()), init_state(config, optimizer, abstract)
+
+  def call():
+    nonlocal state
+    state, metrics = step(state, batch, norm)
+    return metrics
+
+  return call
 
 
 def main() -> None:
@@ -48,7 +53,7 @@ def main() -> None:
     {'six': make_step(6, args.batch), 'one': make_step(1, args.batch)}, rounds=args.rounds
   )
   harness.report(
-    'stage-2 step with 6 action draws over one video forward / with 1 draw',
+    'stage-2 training step with 6 action draws over one video forward / with 1 draw',
     'ratio',
     args.rounds,
     **harness.ratio(times, 'six', 'one'),

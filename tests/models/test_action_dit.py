@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from test_video_dit import TINY, _full_masks, _inputs, _random_params
 
 from wallwm_jax.models import functional as F
+from wallwm_jax.models.layers import Attention
 
 
 def _setup(draws=3, steps=8, seed=0):
@@ -61,6 +63,13 @@ def test_state_and_every_paired_layer_are_read():
   ds, dh = jax.grad(objective, argnums=(0, 1))(state, features)
   assert np.abs(ds).min() > 0
   assert all(np.abs(dh[layer]).max() > 0 for layer in range(2))
+
+
+def test_attending_to_one_token_equals_the_general_form():
+  attention = Attention(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x, token = (jax.random.normal(jax.random.key(i), (2, n, 16)) for i, n in ((1, 5), (2, 1)))
+  general = attention(x, token, mask=jnp.ones((2, 1, 1, 1), bool))
+  np.testing.assert_allclose(attention(x, token), general, atol=1e-6)
 
 
 def test_depth_map_chooses_the_video_layer():

@@ -72,13 +72,6 @@ def test_everything_comes_back_on_another_mesh(tiny, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, snapshot.norm, norm_of(config, 7))
 
 
-def test_bytes_iterator_state_comes_back(tiny, tmp_path):
-  config = tiny.config('2')
-  with Checkpoints(tmp_path, 2) as saved:
-    saved.save(filled(abstract_of(config), 1), b'\x00\xff', tiny.norm(config), config)
-    assert saved.restore(abstract_of(config)).data == b'\x00\xff'
-
-
 def test_only_the_newest_are_kept(tiny, tmp_path):
   config = tiny.config('2', train={'keep': 2})
   save(config, tmp_path, 1, 2, 3)

@@ -242,6 +242,9 @@ def test_dry_run_tells_routing_shardings_and_counts(tiny):
   assert '(2, 32, 32)' in row and "'fsdp'" in row and "'tensor'" in row
 
 
-def test_dry_run_refuses_a_mesh_that_does_not_divide(tiny):
+def test_dry_run_refuses_a_mesh_that_does_not_fit(tiny):
   with pytest.raises(ConfigError, match='does not divide 8 devices'):
     loop.dry_run(dataclasses.replace(tiny.config('2'), mesh=MeshConfig(fsdp=3)))
+  small = tiny.config('2', data={'batch_size': 6})
+  with pytest.raises(ConfigError, match='batch field.*size 6 is not divisible by 4'):
+    loop.dry_run(dataclasses.replace(small, mesh=MeshConfig(fsdp=4)))

@@ -123,6 +123,10 @@ class Attention(nnx.Module):
 
   def __call__(self, x, context=None, *, mask=None, rotation: Rotation | None = None):
     k, v = self.keys_values(x if context is None else context, rotation)
+    if k.shape[-3] == 1 and mask is None:
+      # One token to attend to has weight 1 whatever the query: nothing depends on x but its shape.
+      alone = self.o(v.reshape(*v.shape[:-2], -1))
+      return jnp.broadcast_to(alone, (*x.shape[:-1], alone.shape[-1]))
     return self.attend(self.queries(x, rotation), k, v, mask)
 
   def _split(self, x, rotation=None):

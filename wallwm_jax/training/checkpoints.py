@@ -13,7 +13,6 @@ is never listed, and older steps go only after the new one is in place.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -43,7 +42,7 @@ class Snapshot:
   """One restored checkpoint: everything `Checkpoints.save` was given."""
 
   state: TrainState
-  data: Any
+  data: dict[str, Any]
   norm: NormStats
   config: ExperimentConfig
 
@@ -65,11 +64,13 @@ class Checkpoints:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, data: Any, norm: NormStats, config: ExperimentConfig) -> int:
+  def save(
+      self, state: TrainState, data: dict[str, Any], norm: NormStats, config: ExperimentConfig
+  ) -> int:
     """Writes one checkpoint and waits until it is durable; returns its step.
 
     Args:
-      data: JSON-like or bytes state of the data iterator after the batch of this step.
+      data: JSON-like state of the data iterator after the batch of this step.
 
     Raises:
       CheckpointError: the write failed (a full disk, say). Every earlier checkpoint is untouched;
@@ -82,7 +83,7 @@ class Checkpoints:
             'processes': jax.process_count()}
     args = ocp.args.Composite(
         **{name: ocp.args.StandardSave(items[name]) for name in _ARRAYS},
-        data=ocp.args.JsonSave(_encode_data(data)),
+        data=ocp.args.JsonSave(data),
         norm=ocp.args.JsonSave(norm_to_json(norm)),
         config=ocp.args.JsonSave(dataclasses.asdict(config)),
         meta=ocp.args.JsonSave(meta),
@@ -114,7 +115,7 @@ class Checkpoints:
     optimizer = restored['optimizer']
     state = TrainState(optimizer['step'], restored['params'], restored['ema'],
                        optimizer['opt_state'], optimizer['key'])
-    return Snapshot(state, _decode_data(restored['data']), norm_from_json(restored['norm']),
+    return Snapshot(state, restored['data'], norm_from_json(restored['norm']),
                     _config_from_json(restored['config']))
 
   def __enter__(self) -> Checkpoints:
@@ -270,16 +271,6 @@ def _check_leaves(stored: dict[str, list], here: dict[str, list], where: str) ->
         f'checkpoint {where} is of another model or optimizer, {len(differing)} leaves differ:\n'
         + '\n'.join(differing[:_SHOWN]) + more
         + '\nUse the config it was trained with, or another workdir.')
-
-
-def _encode_data(data: Any) -> dict[str, Any]:
-  if isinstance(data, bytes):
-    return {'bytes': base64.b64encode(data).decode()}
-  return {'state': data}
-
-
-def _decode_data(data: dict[str, Any]) -> Any:
-  return base64.b64decode(data['bytes']) if 'bytes' in data else data['state']
 
 
 def _config_from_json(values: dict[str, Any]) -> ExperimentConfig:

@@ -80,9 +80,8 @@ def train(
   rules.check_rules(param_shapes(config), mesh, config.mesh.rules)
   optimizer = build_optimizer(config)
   abstract = abstract_state(config, optimizer, mesh)
-  store = EventStore(config.data.store)
-
   step_fn = make_train_step(config, mesh, optimizer, abstract)
+  store = EventStore(config.data.store)
 
   with checkpoints.Checkpoints(workdir, config.train.keep) as saved:
     resumed = saved.restore(abstract) if saved.latest_step() is not None else None
@@ -201,6 +200,7 @@ def dry_run(config: ExperimentConfig) -> str:
   stage_of(config)
   shapes, mesh = param_shapes(config), make_mesh(config.mesh)
   rules.check_rules(shapes, mesh, config.mesh.rules)
+  rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
   mask = trainable_mask(shapes, config.train.stage)
   placed = rules.param_shardings(shapes, mesh, config.mesh.rules)
   table = rich.table.Table('parameter', 'shape', 'sharding', box=None)
