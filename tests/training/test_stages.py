@@ -24,7 +24,7 @@ def test_table_is_that_of_the_specification():
     'joint': {'video', 'action'},
   }
   losses = {name: set(spec.losses) for name, spec in stages.STAGES.items()}
-  assert losses == trained  # SPEC 5: stage 2 has its video loss off, stage 5 has both
+  assert losses == trained  # stage 2 has its video loss off, stage 5 has both
   assert stages.STAGES['5'].windows == ('chunk',)
 
 

@@ -3,7 +3,7 @@ needs.
 
 x_t = (1 - t) x_0 + t eps; velocity v = eps - x_0. A network predicts either v or x_0; both are
 trained through the same velocity loss or, for x-prediction, directly on x_0. Source: WALL-WM (arXiv
-2606.01955), SPEC 2 and 3.
+2606.01955).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def dct_action_loss(prediction, target, mask, t):
     mask: [B, R, K, A] or broadcastable; masked steps contribute no difference.
     t: [B, R] noise level in [0, 1].
 
-  Source: WALL-WM (arXiv 2606.01955), SPEC 3 (Type-II DCT loss).
+  Source: WALL-WM (arXiv 2606.01955), Type-II DCT loss.
   """
   difference = jnp.where(mask, prediction - target, 0.0).astype(jnp.float32)
   steps = difference.shape[-2]

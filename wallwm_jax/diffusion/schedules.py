@@ -53,9 +53,7 @@ def sample_anchor_sigma(
 
 
 def caption_drop_rate(raw_length, ramp: tuple[float, float, int, int]):
-  """rho(L): rho_min up to L_min raw frames, cosine ramp to rho_max at L_max, then flat. SPEC 5,
-  stage 1.
-  """
+  """rho(L): rho_min up to L_min raw frames, cosine ramp to rho_max at L_max, then flat."""
   low, high, start, end = ramp
   phase = jnp.clip((raw_length - start) / (end - start), 0.0, 1.0)
   return low + (high - low) * 0.5 * (1.0 - jnp.cos(jnp.pi * phase))

@@ -1,6 +1,6 @@
 """Sight-cone masks: which patches of different cameras could see the same point.
 
-Source: WALL-WM (arXiv 2606.01955), eqs. 2-6; SPEC 2. Used in training only.
+Source: WALL-WM (arXiv 2606.01955), eqs. 2-6. Used in training only.
 """
 
 from __future__ import annotations

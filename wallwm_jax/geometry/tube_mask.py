@@ -1,4 +1,4 @@
-"""Tube masks: hide a window of one view that another view can still see (SPEC 2, training only)."""
+"""Tube masks: hide a window of one view that another view can still see (training only)."""
 
 from __future__ import annotations
 

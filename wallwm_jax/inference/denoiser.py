@@ -4,7 +4,7 @@
 
 The window is a parameter: an event window has no history, a chunk window has M clean history
 latents before the anchor. Everything else, including every network call, is shared.
-Source: WALL-WM (arXiv 2606.01955), SPEC 2 and 3.
+Source: WALL-WM (arXiv 2606.01955).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The action DiT and its one-way layer coupling to the video tower (SPEC 3)."""
+"""The action DiT and its one-way layer coupling to the video tower."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class ActionTower(nnx.Module):
     """The cache of `features` [L, B, V, F, P, D] for latent frames at in-window indices tau [F].
 
     Keys and values of block i come from ViewConcat(h_pi(i)) + E_tau(tau) + E_abs(position in the
-    window), plus the patch's own place. Source: WALL-WM (arXiv 2606.01955), SPEC 3; the place term
+    window), plus the patch's own place. Source: WALL-WM (arXiv 2606.01955); the place term
     is this project's.
     """
     _, b, v, f, p, d = features.shape

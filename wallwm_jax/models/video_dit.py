@@ -1,4 +1,4 @@
-"""The multi-view video DiT: Wan-style blocks with a zero-initialised cross-view branch (SPEC 2)."""
+"""The multi-view video DiT: Wan-style blocks with a zero-initialised cross-view branch."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from wallwm_jax.models.video_dit import VideoTower
 
 
 class WorldAction(nnx.Module):
-  """Holder of both towers; p(V_e, a_e | V_0, s, c_e) of SPEC 1."""
+  """Holder of both towers; p(V_e, a_e | V_0, s, c_e)."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.video = VideoTower(config, rngs=rngs)

@@ -1,9 +1,9 @@
 """The training stages as data, and the one loss they share.
 
-A stage says which towers train, which windows it accepts and which losses it sums (SPEC 5, stages
+A stage says which towers train, which windows it accepts and which losses it sums (stages
 1, 2 and 5; 'joint' is the small joint fit). A new stage is a new row.
 
-Two protocols couple the towers (SPEC 3):
+Two protocols couple the towers (arXiv 2606.01955):
   anchor     actions read ONE video forward at the anchor noise level; K independent action noise
              levels share its cache. A video loss, where the stage has one, draws its own timestep
              and runs its own forward.
@@ -88,7 +88,7 @@ def split_trainable(params: Params, stage: str) -> tuple[Params, Params]:
 
 @pytree_dataclass
 class Tube:
-  """A tube mask (SPEC 2): cells [B, V, 1, h, w, 1] are hidden in every frame that is denoised, and
+  """A tube mask : cells [B, V, 1, h, w, 1] are hidden in every frame that is denoised, and
   where hides_known [B, 1, 1, 1, 1, 1] is True in the conditioning frames too."""
 
   cells: Bool[Array, "B V 1 h w 1"]
@@ -267,7 +267,7 @@ def noise_weight(sigma, weighting: Literal['uniform', 'sigma']):
 
 
 def drop_captions(key: PRNGKey, text: Text, raw_length, ramp) -> Text:
-  """`text` with each caption emptied with probability rho(raw_length); SPEC 5, stage 1."""
+  """`text` with each caption emptied with probability rho(raw_length)."""
   drop = jax.random.uniform(key, raw_length.shape) < schedules.caption_drop_rate(raw_length, ramp)
   return dataclasses.replace(text, mask=text.mask & ~drop[:, None])
 
