@@ -52,9 +52,10 @@ def action_macs(config: ExperimentConfig, bucket: int, draws: int) -> float:
   model, c = config.model, config.model.action
   d, steps = c.width, bucket * model.steps_per_latent
   keys = len(model.views) * _frames(config, bucket) * model.patches
-  linear = 4 * d * d + 2 * d * d + 2 * d * d + 3 * d * c.ffn  # self, state, video attention, FFN
-  attention = 2 * d * (steps + 1 + keys)
-  prefill = 2 * keys * model.video.width * d
+  linear = 4 * d * d + 2 * d * d + 3 * d * c.ffn  # self-attention, q and o of the coupling, FFN
+  attention = 2 * d * (steps + keys)
+  # The one state token is attended to with weight 1: its v and o, once for all steps and draws.
+  prefill = 2 * keys * model.video.width * d + 2 * d * d
   time = d * (c.freq_dim + 10 * d)
   ends = steps * d * (d + 2 * model.action_spec.dim)
   layers = model.video.layers * (prefill + draws * steps * (linear + attention))
