@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 
 import mujoco
-import numpy as np
 
 CUBE_HALF = 0.022
 CUBE_COLOURS = ('red', 'green', 'blue', 'yellow')
@@ -113,9 +112,3 @@ def build_xml() -> str:
 def load_model() -> mujoco.MjModel:
   """The compiled MuJoCo model."""
   return mujoco.MjModel.from_xml_string(build_xml())
-
-
-@functools.cache
-def initial_qpos() -> np.ndarray:
-  """qpos with the stage at zero, fingers closed and every cube parked, float32 [34]."""
-  return np.asarray(load_model().qpos0, np.float32)
