@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AOT := $(VENV)/.aot
 CODE := wallwm_jax data kernels experiments benchmarks tests
 
 .DEFAULT_GOAL := help
@@ -20,10 +21,10 @@ help:  ## list the targets
 quickstart: $(STAMP)  ## collect data, train, evaluate and write runs/quickstart/report.html (QUICKSTART_ARGS=...)
 	$(BIN)/wallwm quickstart $(QUICKSTART_ARGS)
 
-test: $(STAMP)  ## the whole test suite on CPU (PYTEST_ARGS=..., WORKERS=2)
+test: $(AOT)  ## the whole test suite on CPU (PYTEST_ARGS=..., WORKERS=2)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
-test-fast: $(STAMP)  ## the tests that take seconds
+test-fast: $(AOT)  ## the tests that take seconds
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff, and every file parses
@@ -33,6 +34,11 @@ lint: $(STAMP)  ## ruff, and every file parses
 clean:  ## remove .venv, caches and build output (runs/ stays)
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Tests compile for TPUs, which needs no TPU but its compiler.
+$(AOT): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[aot]'
+	@touch $@
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@set -e; \

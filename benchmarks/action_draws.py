@@ -29,7 +29,8 @@ def make_step(draws: int, batch_size: int):
     diffusion=dataclasses.replace(base.diffusion, action_draws=draws),
     data=dataclasses.replace(base.data, batch_size=batch_size),
   )
-  mesh, optimizer = make_mesh(config.mesh), build_optimizer(config)
+  mesh = make_mesh(config.mesh)
+  optimizer = build_optimizer(config, mesh)
   abstract = abstract_state(config, optimizer, mesh)
   step = make_train_step(config, mesh, optimizer, abstract)
   a, c = config.model.action_spec.dim, config.model.codec.channels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +39,9 @@ def ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) ->
   return {'value': middle, 'quartile_low': low, 'quartile_high': high}
 
 
-def report(what: str, unit: str, n: int, **figures: Any) -> None:
-  """The benchmark's one JSON line."""
-  print(json.dumps({'what': what, 'unit': unit, 'n': n, **figures, 'environment': environment()}))
+def report(what: str, unit: str, n: int, *, path: str | None = None, **figures: Any) -> None:
+  """The benchmark's one JSON line, also written to `path` if given."""
+  line = json.dumps({'what': what, 'unit': unit, 'n': n, **figures, 'environment': environment()})
+  print(line)
+  if path:
+    pathlib.Path(path).write_text(line + '\n')

@@ -21,7 +21,7 @@ ALLOWED = {
   'kernels': {'types'},
   'geometry': VOCABULARY,
   'diffusion': VOCABULARY,
-  'optim': VOCABULARY,
+  'optim': VOCABULARY | {'kernels.*.api'},
   'parallel': VOCABULARY,
   'data': VOCABULARY | {'geometry'},
   'models': VOCABULARY | {'kernels.*.api', 'geometry', 'parallel.constraints'},
@@ -53,7 +53,7 @@ CONFINED = {
   'torch': set(),
 }
 PURE = {'types', 'config', 'presets', 'kernels', 'geometry', 'diffusion', 'optim', 'models'}
-PURE_MAY = {'jax', 'jaxtyping', 'numpy', 'scipy', 'flax', 'optax', 'ml_collections'}
+PURE_MAY = {'jax', 'jaxtyping', 'numpy', 'scipy', 'flax', 'optax', 'ml_collections', 'einops'}
 STANDARD = {'collections', 'dataclasses', 'difflib', 'enum', 'functools', 'hashlib', 'itertools'}
 STANDARD |= {'math', 're', 'types', 'typing', 'zlib', '__future__', 'contextlib', 'contextvars'}
 

@@ -283,6 +283,8 @@ class OptimConfig:
   ns_coefficients: Literal['jordan', 'you', 'polar_express'] = 'polar_express'
   ns_dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   update_scale: Literal['rms', 'jordan', 'spectral'] = 'rms'
+  mu_dtype: Literal['float32', 'bfloat16'] = 'float32'  # Muon's momentum
+  normuon_b2: float = 0.0  # decay of NorMuon's neuron-wise second moments; 0 = plain Muon
   adam_b1: float = 0.9
   adam_b2: float = 0.95
   adam_eps: float = 1e-8
@@ -291,6 +293,8 @@ class OptimConfig:
 
   def __post_init__(self):
     _require(self.lr > 0, f'optim.lr: expected > 0, got {self.lr}.')
+    _require(
+      0 <= self.normuon_b2 < 1, f'optim.normuon_b2: expected 0 to below 1, got {self.normuon_b2}.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Meshes: sizes, the -1 axis, and errors that say what to write instead."""
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from wallwm_jax.config import MeshConfig
+from wallwm_jax.parallel import aot
 from wallwm_jax.parallel.mesh import MESH_AXES, make_mesh
 from wallwm_jax.types import ConfigError
 
@@ -41,3 +43,19 @@ def test_impossible_meshes_are_refused(config, words):
     make_mesh(config)
   for word in words:
     assert word in str(error.value)
+
+
+def test_axes_may_take_part_of_a_torus_dimension():
+  mesh = make_mesh(MeshConfig(replica=32, fsdp=16), aot.tpu_devices('v5p:8x8x8'))
+  assert (mesh.shape['replica'], mesh.shape['fsdp']) == (32, 16)
+  assert len(set(mesh.devices.flat)) == 512
+
+
+def test_only_replicas_cross_between_slices():
+  devices = aot.tpu_devices('v5p:2x2x1', slices=2)
+  mesh = make_mesh(MeshConfig(replica=4, fsdp=2), devices)
+  slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)[..., 0, 0]
+  assert (slices == slices[:, :1]).all()  # one slice along fsdp
+  assert {tuple(row) for row in slices} == {(0, 0), (1, 1)}
+  with pytest.raises(ConfigError, match='multiple of the 2 slices of this run, got 1'):
+    make_mesh(MeshConfig(fsdp=8), devices)

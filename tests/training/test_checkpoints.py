@@ -22,7 +22,8 @@ DATA = {'position': {'next': 12}, 'plan': {'seed': 3}}
 
 
 def abstract_of(config):
-  return abstract_state(config, build_optimizer(config), make_mesh(config.mesh))
+  mesh = make_mesh(config.mesh)
+  return abstract_state(config, build_optimizer(config, mesh), mesh)
 
 
 def filled(abstract, step: int):

@@ -48,7 +48,8 @@ train(config, sys.argv[2], progress=False, on_log=die)
 
 def snapshot(config, workdir, step=None):
   """A checkpoint on the host."""
-  abstract = abstract_state(config, build_optimizer(config), loop.make_mesh(config.mesh))
+  mesh = loop.make_mesh(config.mesh)
+  abstract = abstract_state(config, build_optimizer(config, mesh), mesh)
   with Checkpoints(workdir, config.train.keep) as saved:
     return saved.restore(abstract, step)
 
@@ -106,8 +107,9 @@ def test_a_run_leaves_everything_behind(stage1):
 @pytest.mark.slow
 def test_stage_one_trains_the_video_tower_and_cannot_touch_the_other(stage1):
   config, result, _ = stage1
-  optimizer = build_optimizer(config)
-  abstract = abstract_state(config, optimizer, loop.make_mesh(config.mesh))
+  mesh = loop.make_mesh(config.mesh)
+  optimizer = build_optimizer(config, mesh)
+  abstract = abstract_state(config, optimizer, mesh)
   fresh = init_state(config, optimizer, abstract)
   trained = snapshot(config, result.workdir).state
   assert identical(trained.params['action'], fresh.params['action'])

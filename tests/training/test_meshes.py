@@ -29,7 +29,7 @@ class Run:
     config = tiny.config('joint', train={'steps': STEPS}, diffusion={'mapping': 'symmetric'})
     self.config = dataclasses.replace(config, mesh=mesh)
     self.mesh = make_mesh(mesh)
-    self.optimizer = build_optimizer(self.config)
+    self.optimizer = build_optimizer(self.config, self.mesh)
     self.abstract = abstract_state(self.config, self.optimizer, self.mesh)
     self.norm = tiny.norm(config)
 

@@ -59,6 +59,19 @@ def test_divergence_names_the_step_and_its_interval(tiny, tmp_path, name):
   assert log.history == []
 
 
+def test_divergence_names_the_parameter_whose_gradient_is_not_finite(tiny, tmp_path):
+  config = tiny.config('1', train={'log_every': 1, 'steps': 9})
+  names = ["'video/a' (2, 3)", "'video/b' (4,)"]
+  with MetricLogger(tmp_path, config, 0, 1, progress=False, gradients=names) as log:
+    log.add(1, metrics(1) | {'nonfinite_leaf': jnp.int32(-1)}, bucket=2)
+    bad = {'grad_norm': jnp.float32(np.nan), 'nonfinite_leaf': jnp.int32(1)}
+    log.add(2, metrics(1) | bad, bucket=2)
+    with pytest.raises(NonFiniteLossError, match=r"step 2 .*gradient .* 'video/b' \(4,\)"):
+      with log.settled():
+        pass
+  assert 'nonfinite_leaf' not in log.history[0]
+
+
 def test_records_beyond_the_resumed_step_are_dropped(tiny, tmp_path):
   file = tmp_path / 'metrics.jsonl'
   file.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 1.0}\n{"step": 6, "lo')

@@ -18,12 +18,12 @@ def add_parser(verbs) -> None:
     verbs,
     'bench',
     'run a benchmark of the checkout',
-    'wallwm bench action_draws -- --steps 20',
+    'wallwm bench muon --topology v5p:4x4x4 --json muon.json',
     run=run,
   )
   parser.add_argument('name', help=f'a file in {FOLDER}/, without .py')
   parser.add_argument(
-    'arguments', nargs='*', metavar='-- arguments', help='passed on to the benchmark'
+    'arguments', nargs=argparse.REMAINDER, metavar='arguments', help='passed on to the benchmark'
   )
 
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     names = sorted(p.stem for p in FOLDER.glob('*.py') if not p.name.startswith('_'))
     hint = nearest(args.name, names) if names else ' Run it from the root of a checkout.'
     raise ConfigError(f'bench {args.name}: expected {path}, found none.{hint}')
-  code = subprocess.run([sys.executable, str(path), *args.arguments], check=False).returncode
+  passed = args.arguments[args.arguments[:1] == ['--'] :]
+  code = subprocess.run([sys.executable, str(path), *passed], check=False).returncode
   if code:
     raise WallWMError(f'{path} failed with exit code {code}.')

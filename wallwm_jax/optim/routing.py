@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import jax
 
+from wallwm_jax.optim.matrices import Matrix
 from wallwm_jax.types import ConfigError
 
-Label = Literal['muon', 'adamw', 'frozen']
+# A Matrix sends a parameter to Muon and says how it is read as matrices.
+Label = Matrix | Literal['adamw', 'frozen']
 Rules = Sequence[tuple[str, Label]]
 
 # First match wins; a pattern must match the whole path or a whole number of its last components.
@@ -21,16 +23,16 @@ Rules = Sequence[tuple[str, Label]]
 # are stacked too, but they are not matrices, and input, output and embedding layers are better
 # served by AdamW.
 DEFAULT_RULES: Rules = (
-    (r'blocks/\w+/(q|k|v|o|gate|up|down)/kernel', 'muon'),
-    (r'(video|action)/\w+/kernel', 'adamw'),
-    (r'bias|scale|embedding|modulation|head_modulation|blocks/view_gate', 'adamw'),
+  (r'blocks/\w+/(q|k|v|o|gate|up|down)/kernel', Matrix()),
+  (r'(video|action)/\w+/kernel', 'adamw'),
+  (r'bias|scale|embedding|modulation|head_modulation|blocks/view_gate', 'adamw'),
 )
 
 _MIN_SIDE = 16  # a "matrix" thinner than this is a table of vectors under a wrong label
 
 
 def route(shapes: Any, trainable: Any | None = None, rules: Rules = DEFAULT_RULES) -> Any:
-  """Tree of labels 'muon' | 'adamw' | 'frozen' with the structure of `shapes`.
+  """Tree of labels with the structure of `shapes`: a Matrix (= Muon), 'adamw' or 'frozen'.
 
   Args:
     shapes: tree of arrays or ShapeDtypeStructs.
@@ -39,7 +41,7 @@ def route(shapes: Any, trainable: Any | None = None, rules: Rules = DEFAULT_RULE
 
   Raises:
     ConfigError: a parameter no rule matches, a rule that is the first match of no parameter, or a
-      Muon label on something that is not a stack of matrices [L, m, n] with sides of at least 16.
+      Matrix that does not fit its tensor or makes matrices with a side below 16 of it.
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
   paths = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves]
@@ -47,21 +49,24 @@ def route(shapes: Any, trainable: Any | None = None, rules: Rules = DEFAULT_RULE
   _check_coverage(paths, matches, rules)
   labels = [rules[i][1] for i in matches]
   for path, label, (_, leaf) in zip(paths, labels, leaves, strict=True):
-    if label == 'muon' and (len(leaf.shape) != 3 or min(leaf.shape[1:]) < _MIN_SIDE):
-      raise ConfigError(
-          f"optim routing: {path!r} is labelled 'muon', which needs a stack of matrices [L, m, n] "
-          f"with sides >= {_MIN_SIDE}, but its shape is {tuple(leaf.shape)}. Label it 'adamw'.")
+    if isinstance(label, Matrix):
+      _check_matrix(path, tuple(leaf.shape), label)
   if trainable is not None:
     keep = treedef.flatten_up_to(trainable)
     labels = [label if k else 'frozen' for label, k in zip(labels, keep, strict=True)]
   return treedef.unflatten(labels)
 
 
+def optimizer_of(label: Label) -> Literal['muon', 'adamw', 'frozen']:
+  """The optimizer a label stands for."""
+  return 'muon' if isinstance(label, Matrix) else label
+
+
 def format_table(labels: Any, shapes: Any) -> str:
   """A table for people: tensors, parameters and the most frequent shapes of each label."""
   rows = collections.defaultdict(lambda: [0, 0, collections.Counter()])
   for label, leaf in zip(jax.tree.leaves(labels), jax.tree.leaves(shapes), strict=True):
-    row = rows[label]
+    row = rows[optimizer_of(label)]
     row[0] += 1
     row[1] += math.prod(leaf.shape)
     row[2][str(tuple(leaf.shape))] += 1
@@ -70,6 +75,18 @@ def format_table(labels: Any, shapes: Any) -> str:
     common = ', '.join(f'{n} x {shape}' for shape, n in kinds.most_common(3))
     lines.append(f'{label:8} {tensors:8d} {parameters:14,d}  {common}')
   return '\n'.join(lines)
+
+
+def _check_matrix(path: str, shape: tuple[int, ...], label: Matrix) -> None:
+  try:
+    sides = label.shape(shape)[1:]
+  except ConfigError as error:
+    raise ConfigError(f'optim routing: {path!r} has no matrix view. {error}') from None
+  if min(sides) < _MIN_SIDE:
+    raise ConfigError(
+      f'optim routing: {path!r} of shape {shape} read as {label.pattern!r} makes matrices '
+      f"{sides[0]} x {sides[1]}; Muon needs sides >= {_MIN_SIDE}. Label it 'adamw'."
+    )
 
 
 def _first_match(path: str, rules: Rules) -> int | None:
@@ -84,13 +101,15 @@ def _check_coverage(paths: list[str], matches: list[int | None], rules: Rules) -
   for path, match in zip(paths, matches, strict=True):
     if match is None:
       raise ConfigError(
-          f'optim routing: no rule matches parameter {path!r}.{_closest(path, covered)} '
-          f'Add a rule to optim.routing.DEFAULT_RULES.')
+        f'optim routing: no rule matches parameter {path!r}.{_closest(path, covered)} '
+        f'Add a rule to optim.routing.DEFAULT_RULES.'
+      )
   for i, (pattern, label) in enumerate(rules):
     if i not in matches:
       raise ConfigError(
-          f'optim routing: rule {pattern!r} -> {label!r} is the first match of no parameter.'
-          f'{_closest(pattern, paths)}')
+        f'optim routing: rule {pattern!r} -> {label!r} is the first match of no parameter.'
+        f'{_closest(pattern, paths)}'
+      )
 
 
 def _closest(name: str, options: list[str]) -> str:

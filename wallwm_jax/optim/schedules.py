@@ -22,8 +22,9 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
   """
   if config.warmup_steps < 0 or total_steps < 1 or not 0 <= config.final_lr_ratio <= 1:
     raise ConfigError(
-        'optim: expected warmup_steps >= 0, train.steps >= 1 and final_lr_ratio in 0..1, got '
-        f'{config.warmup_steps}, {total_steps}, {config.final_lr_ratio}.')
+      'optim: expected warmup_steps >= 0, train.steps >= 1 and final_lr_ratio in 0..1, got '
+      f'{config.warmup_steps}, {total_steps}, {config.final_lr_ratio}.'
+    )
   lr, warmup = config.lr, config.warmup_steps
   after = max(total_steps - warmup, 1)
   final = config.final_lr_ratio * lr
@@ -34,7 +35,8 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
   else:
     decay = min(after, max(1, round(_WSD_DECAY * total_steps)))
     body = optax.join_schedules(
-        [optax.constant_schedule(lr), optax.linear_schedule(lr, final, decay)], [after - decay])
+      [optax.constant_schedule(lr), optax.linear_schedule(lr, final, decay)], [after - decay]
+    )
   if warmup == 0:
     return body
   return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, warmup - 1), body], [warmup])

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from wallwm_jax.config import MeshConfig
@@ -22,7 +24,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   uses the first ones only (a one-device run on a larger host), which needs a single process.
 
   Raises:
-    ConfigError: an illegal size, or a product that does not divide the number of devices.
+    ConfigError: an illegal size, a product that does not divide the number of devices, or fewer
+      replicas than slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = _resolve({axis: getattr(config, axis) for axis in MESH_AXES}, len(devices))
@@ -33,9 +36,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     raise ConfigError(
         f'mesh axis product {product} leaves some of the {len(devices)} devices unused, but this '
         'run has several processes and each must take part. Set one axis to -1 to use them all.')
-  return jax.make_mesh(
-      tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-      devices=devices[:product])
+  grid = _arrange(sizes, devices[:product])
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+  """Devices in the order that makes neighbours of a mesh axis neighbours on the network.
+
+  An axis may take part of a dimension of a TPU torus (32 x 16 devices of an 8 x 8 x 8 one). Slices,
+  joined by the data-centre network, differ along `replica` only.
+  """
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True)
+  if sizes['replica'] % slices:
+    raise ConfigError(
+        f'config.mesh.replica: expected a multiple of the {slices} slices of this run, got '
+        f'{sizes["replica"]}. Only replica may cross between slices.')
+  inside = sizes | {'replica': sizes['replica'] // slices}
+  return mesh_utils.create_hybrid_device_mesh(
+      tuple(inside.values()), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def _resolve(sizes: dict[str, int], devices: int) -> dict[str, int]:

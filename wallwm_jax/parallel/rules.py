@@ -92,6 +92,8 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: MeshRules) -> Any:
   def place(key_path, leaf):
     path = path_string(key_path)
     axes = logical_axes(path, len(leaf.shape))
+    # Statistics that an optimizer keeps per row or column of a parameter have sides of 1.
+    axes = tuple(a if size > 1 else None for a, size in zip(axes, leaf.shape, strict=True))
     return NamedSharding(mesh, partition_spec(axes, leaf.shape, table, mesh, f'parameter {path!r}'))
 
   return jax.tree_util.tree_map_with_path(place, shapes)

@@ -22,7 +22,14 @@ from wallwm_jax.data import pipeline, stats
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.models import functional
 from wallwm_jax.models.text_encoder import make_text_encoder
-from wallwm_jax.optim import format_table, route
+from wallwm_jax.optim import (
+    format_plan,
+    format_table,
+    make_muon_plan,
+    newton_schulz,
+    optimizer_of,
+    route,
+)
 from wallwm_jax.parallel import distributed, rules
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import checkpoints
@@ -78,7 +85,7 @@ def train(
 
   mesh = make_mesh(config.mesh)
   rules.check_rules(param_shapes(config), mesh, config.mesh.rules)
-  optimizer = build_optimizer(config)
+  optimizer = build_optimizer(config, mesh)
   abstract = abstract_state(config, optimizer, mesh)
   step_fn = make_train_step(config, mesh, optimizer, abstract)
   store = EventStore(config.data.store)
@@ -96,7 +103,8 @@ def train(
 
     norm_on_device = jax.device_put(norm, NamedSharding(mesh, PartitionSpec()))
     feed = prefetch(batches, functools.partial(_put, config=config, mesh=mesh), _PREFETCH)
-    log = MetricLogger(_log_dir(workdir), config, start, mesh.size, progress, on_log)
+    log = MetricLogger(
+        _log_dir(workdir), config, start, mesh.size, progress, on_log, _gradient_names(abstract))
     with contextlib.closing(batches), log, jax.transfer_guard('disallow'):
       for step in range(start + 1, config.train.steps + 1):
         batch, data_state = next(feed)
@@ -139,6 +147,12 @@ def _open_batches(config: ExperimentConfig, store: EventStore, norm: NormStats, 
   index, count = distributed.data_shard(mesh, config.mesh.rules, config.data.batch_size)
   return pipeline.make_dataset(
       config, store, norm, encode_text, process_index=index, process_count=count)
+
+
+def _gradient_names(abstract: TrainState) -> list[str]:
+  """Paths and shapes of the trainable parameters (those that have an average), in tree order."""
+  leaves = jax.tree_util.tree_leaves_with_path(abstract.ema)
+  return [f'{rules.path_string(path)!r} {leaf.shape}' for path, leaf in leaves]
 
 
 def _log_dir(workdir: pathlib.Path) -> pathlib.Path:
@@ -192,7 +206,8 @@ def _inherit(norm: NormStats, source: ExperimentConfig, theirs: NormStats) -> No
 
 
 def dry_run(config: ExperimentConfig) -> str:
-  """What a run would do, without data or allocation: routing, shardings and parameter counts.
+  """What a run would do, without data or allocation: every parameter's optimizer, matrices and
+  sharding, and who orthogonalises what.
 
   Raises:
     ConfigError: everything `train` would refuse about model, stage, rules and mesh.
@@ -201,19 +216,26 @@ def dry_run(config: ExperimentConfig) -> str:
   shapes, mesh = param_shapes(config), make_mesh(config.mesh)
   rules.check_rules(shapes, mesh, config.mesh.rules)
   rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
-  mask = trainable_mask(shapes, config.train.stage)
+  labels = route(shapes, trainable_mask(shapes, config.train.stage))
   placed = rules.param_shardings(shapes, mesh, config.mesh.rules)
-  table = rich.table.Table('parameter', 'shape', 'sharding', box=None)
-  for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    table.add_row(name, str(leaf.shape), str(sharding.spec))
+  plan = make_muon_plan(config.optim, shapes, labels, placed)
+  matrices = {leaf.path: leaf.view.shape(leaf.shape) for leaf in plan.leaves}
+  table = rich.table.Table('parameter', 'shape', 'optimizer', 'matrices', 'sharding', box=None)
+  for (path, leaf), label, sharding in zip(
+      jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(labels),
+      jax.tree.leaves(placed), strict=True):
+    name = rules.path_string(path)
+    view = '{} of {} x {}'.format(*matrices[name]) if name in matrices else ''
+    table.add_row(name, str(leaf.shape), optimizer_of(label), view, str(sharding.spec))
   console = rich.console.Console(width=120)
   with console.capture() as text:
     console.print(f'stage {config.train.stage} on mesh {dict(mesh.shape)}', highlight=False)
     for name, tree in shapes.items():
       kind = 'trained' if name in STAGES[config.train.stage].trainable else 'frozen'
       console.print(f'  {name}: {count(tree):,} parameters, {kind}', highlight=False)
-    console.print(format_table(route(shapes, mask), shapes), highlight=False, markup=False)
+    console.print(format_table(labels, shapes), highlight=False, markup=False)
+    if config.optim.optimizer == 'muon':
+      summary = format_plan(plan, newton_schulz(config.optim))
+      console.print(summary, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
   return text.get()

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from wallwm_jax.training.flops import model_flops, video_tokens
 from wallwm_jax.types import WallWMError
 
 FILE = 'metrics.jsonl'
+NONFINITE = 'nonfinite_leaf'
 
 
 class NonFiniteLossError(WallWMError, FloatingPointError):
@@ -51,9 +52,15 @@ class MetricLogger:
 
   def __init__(self, workdir: str | os.PathLike, config: ExperimentConfig, start: int,
                devices: int, progress: bool,
-               on_log: Callable[[dict[str, Any]], None] | None = None):
-    """Continues after step `start`; what an interrupted run logged beyond it is dropped."""
+               on_log: Callable[[dict[str, Any]], None] | None = None,
+               gradients: Sequence[str] = ()):
+    """Continues after step `start`; what an interrupted run logged beyond it is dropped.
+
+    Args:
+      gradients: names of the leaves that the metric 'nonfinite_leaf' counts.
+    """
     self._config, self._devices, self._on_log = config, devices, on_log
+    self._gradients = gradients
     path = pathlib.Path(workdir) / FILE
     self.history = _read_until(path, start)
     path.write_text(''.join(json.dumps(record) + '\n' for record in self.history))
@@ -110,9 +117,10 @@ class MetricLogger:
     if interval is None:
       return
     values = jax.device_get(interval.metrics)
-    _check_finite(interval.steps, values)
+    _check_finite(interval.steps, values, self._gradients)
     record: dict[str, Any] = {'step': interval.steps[-1]}
-    record |= {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+    names = [name for name in values[0] if name != NONFINITE]
+    record |= {name: float(np.mean([v[name] for v in values])) for name in names}
     record['step_time_s'] = interval.seconds / len(values)
     record['tokens_per_s'] = interval.tokens / interval.seconds
     if self._config.train.peak_tflops > 0:
@@ -132,13 +140,17 @@ class MetricLogger:
         self._on_log(record)
 
 
-def _check_finite(steps: list[int], values: list[dict[str, Any]]) -> None:
+def _check_finite(
+    steps: list[int], values: list[dict[str, Any]], gradients: Sequence[str]) -> None:
   for step, metrics in zip(steps, values, strict=True):
     for name in ('loss', 'grad_norm'):
       if not np.isfinite(metrics[name]):
+        leaf, first = int(metrics.get(NONFINITE, -1)), ''
+        if leaf >= 0:
+          first = f' The first gradient that is not finite is that of {gradients[leaf]}.'
         raise NonFiniteLossError(
             f'training diverged: expected a finite {name}, got {metrics[name]} at step {step} (in '
-            f'the interval {steps[0]}..{steps[-1]}). No checkpoint was written since. Lower '
+            f'the interval {steps[0]}..{steps[-1]}).{first} No checkpoint was written since. Lower '
             'optim.lr, or look at the data of that step.')
 
 

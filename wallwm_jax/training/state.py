@@ -40,10 +40,13 @@ def param_shapes(config: ExperimentConfig) -> Params:
   return jax.eval_shape(functools.partial(functional.init_params, config.model), jax.random.key(0))
 
 
-def build_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
-  """The optimizer over the stage's trainable subtrees; frozen ones have no state and no update."""
+def build_optimizer(config: ExperimentConfig, mesh: Mesh) -> optax.GradientTransformation:
+  """The optimizer over the stage's trainable subtrees, with Muon's matrices spread over `mesh`;
+  frozen subtrees have no state and no update.
+  """
   shapes, _ = split_trainable(param_shapes(config), config.train.stage)
-  return make_optimizer(config.optim, shapes, route(shapes), config.train.steps)
+  shardings = rules.param_shardings(shapes, mesh, config.mesh.rules)
+  return make_optimizer(config.optim, shapes, route(shapes), config.train.steps, shardings)
 
 
 def abstract_state(

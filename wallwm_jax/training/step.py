@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.optim import make_schedule
-from wallwm_jax.parallel import rules
+from wallwm_jax.parallel import aot, rules
 from wallwm_jax.parallel.constraints import activation_sharding
 from wallwm_jax.training.stages import split_trainable, stage_loss
 from wallwm_jax.training.state import TrainState, update_ema
@@ -28,6 +29,8 @@ def make_train_step(
 
   Returns:
     metrics: the loss and its parts, grad_norm (before clipping), update_norm, lr; float32 scalars.
+    nonfinite_leaf: int32, which leaf of the trainable tree has the first gradient that is not
+    finite; -1 = none.
   """
   schedule = make_schedule(config.optim, config.train.steps)
 
@@ -42,8 +45,11 @@ def make_train_step(
     grads, metrics = jax.grad(loss_fn, has_aux=True)(trainable)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+    finite = jnp.isfinite(squares)
     metrics |= {
-        'grad_norm': optax.tree.norm(grads),
+        'grad_norm': jnp.sqrt(jnp.sum(squares)),
+        'nonfinite_leaf': jnp.where(jnp.all(finite), -1, jnp.argmin(finite)),
         'update_norm': optax.tree.norm(updates),
         'lr': schedule(state.step),
     }
@@ -58,4 +64,5 @@ def make_train_step(
       in_shardings=(shardings, batches, replicated),
       out_shardings=(shardings, replicated),
       donate_argnums=0,
+      compiler_options=aot.compiler_options(mesh),
   )
