@@ -1,6 +1,6 @@
 """Muon against tuned AdamW on the project's own training recipes: steps to the same training loss.
 
-wallwm bench optimizers -- --recipe quickstart2 --store runs/quickstart/store
+wallwm bench optimizers --recipe quickstart2 --store runs/quickstart/store
 --init-from runs/quickstart/stage1 --out runs/optimizers --plot docs/images/muon_training.png
 
 Both optimizers get the same schedule shape, warm-up, clipping, weight decay, batches and noise; a
@@ -164,7 +164,8 @@ class Study:
 
   def _probe(self, run: Run) -> dict[str, float]:
     workdir, config = self.out / run.name, self.config(run)
-    abstract = abstract_state(config, build_optimizer(config), make_mesh(config.mesh))
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(config, build_optimizer(config, mesh), mesh)
     with Checkpoints(workdir, config.train.keep) as saved:
       state, norm = (lambda s: (s.state, s.norm))(saved.restore(abstract))
     result = {}
@@ -296,7 +297,8 @@ def time_steps(study: Study, runs: list[Run], rounds: int) -> dict:
 
 def _step_call(config: ExperimentConfig, bucket: int) -> Callable[[], dict]:
   """A whole optimizer step on a random batch, as a call without arguments."""
-  mesh, optimizer = make_mesh(config.mesh), build_optimizer(config)
+  mesh = make_mesh(config.mesh)
+  optimizer = build_optimizer(config, mesh)
   abstract = abstract_state(config, optimizer, mesh)
   step = make_train_step(config, mesh, optimizer, abstract)
   a, c = config.model.action_spec.dim, config.model.codec.channels
