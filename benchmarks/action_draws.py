@@ -11,14 +11,8 @@ import dataclasses
 import statistics
 
 import harness
-import jax
-import jax.numpy as jnp
 
 from wallwm_jax import presets
-from wallwm_jax.parallel.mesh import make_mesh
-from wallwm_jax.training.state import abstract_state, build_optimizer, init_state
-from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import NormStats
 
 
 def make_step(draws: int, batch_size: int):
@@ -29,20 +23,7 @@ def make_step(draws: int, batch_size: int):
     diffusion=dataclasses.replace(base.diffusion, action_draws=draws),
     data=dataclasses.replace(base.data, batch_size=batch_size),
   )
-  mesh = make_mesh(config.mesh)
-  optimizer = build_optimizer(config, mesh)
-  abstract = abstract_state(config, optimizer, mesh)
-  step = make_train_step(config, mesh, optimizer, abstract)
-  a, c = config.model.action_spec.dim, config.model.codec.channels
-  norm = NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones)))
-  batch, state = jax.device_put(config.fake_batch()), init_state(config, optimizer, abstract)
-
-  def call():
-    nonlocal state
-    state, metrics = step(state, batch, norm)
-    return metrics
-
-  return call
+  return harness.train_step(config)
 
 
 def main() -> None:

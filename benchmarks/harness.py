@@ -10,8 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.evaluation.base import environment
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training.state import abstract_state, build_optimizer, init_state
+from wallwm_jax.training.step import make_train_step
+from wallwm_jax.types import NormStats
 
 
 def time_side_by_side(
@@ -37,6 +43,25 @@ def ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) ->
   ratios = sorted(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
   low, middle, high = statistics.quantiles(ratios, n=4)
   return {'value': middle, 'quartile_low': low, 'quartile_high': high}
+
+
+def train_step(config: ExperimentConfig, bucket: int | None = None) -> Callable[[], Any]:
+  """A whole optimizer step on a fixed random batch, as a call without arguments."""
+  mesh = make_mesh(config.mesh)
+  optimizer = build_optimizer(config, mesh)
+  abstract = abstract_state(config, optimizer, mesh)
+  step = make_train_step(config, mesh, optimizer, abstract)
+  a, c = config.model.action_spec.dim, config.model.codec.channels
+  norm = NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones)))
+  batch = jax.device_put(config.fake_batch(bucket))
+  state = init_state(config, optimizer, abstract)
+
+  def call():
+    nonlocal state
+    state, metrics = step(state, batch, norm)
+    return metrics
+
+  return call
 
 
 def report(what: str, unit: str, n: int, *, path: str | None = None, **figures: Any) -> None:

@@ -24,7 +24,6 @@ from collections.abc import Callable
 
 import harness
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from wallwm_jax import presets
@@ -38,8 +37,7 @@ from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import loop, metrics
 from wallwm_jax.training.checkpoints import Checkpoints, load_inference
 from wallwm_jax.training.stages import STAGES, stage_loss
-from wallwm_jax.training.state import abstract_state, build_optimizer, init_state
-from wallwm_jax.training.step import make_train_step
+from wallwm_jax.training.state import abstract_state, build_optimizer
 from wallwm_jax.types import NormStats
 
 OPTIMIZERS = ('adamw', 'muon')
@@ -279,7 +277,7 @@ def time_steps(study: Study, runs: list[Run], rounds: int) -> dict:
   """
   buckets = {}
   for bucket in study.base.data.buckets:
-    calls = {run.optimizer: _step_call(study.config(run), bucket) for run in runs}
+    calls = {run.optimizer: harness.train_step(study.config(run), bucket) for run in runs}
     times = harness.time_side_by_side(calls, rounds=rounds)
     buckets[bucket] = {
       'muon_over_adamw': harness.ratio(times, 'muon', 'adamw'),
@@ -293,25 +291,6 @@ def time_steps(study: Study, runs: list[Run], rounds: int) -> dict:
     'rounds': rounds,
     'buckets': buckets,
   }
-
-
-def _step_call(config: ExperimentConfig, bucket: int) -> Callable[[], dict]:
-  """A whole optimizer step on a random batch, as a call without arguments."""
-  mesh = make_mesh(config.mesh)
-  optimizer = build_optimizer(config, mesh)
-  abstract = abstract_state(config, optimizer, mesh)
-  step = make_train_step(config, mesh, optimizer, abstract)
-  a, c = config.model.action_spec.dim, config.model.codec.channels
-  norm = NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones)))
-  batch = jax.device_put(config.fake_batch(bucket))
-  state = init_state(config, optimizer, abstract)
-
-  def call():
-    nonlocal state
-    state, result = step(state, batch, norm)
-    return result
-
-  return call
 
 
 def write_curves(study: Study, runs_of, path: pathlib.Path, title: str, timing: dict) -> None:
