@@ -101,7 +101,7 @@ def test_every_layout_equals_one_device(name):
   )
   for b, s in zip(*map(jax.tree.leaves, (alone(), tree(0))), strict=True):
     assert np.abs(b - s).max() > 0.05  # it went somewhere
-  assert_close(got, alone(), atol=3e-6)
+  assert_close(got, alone(), atol=1e-6)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -130,6 +130,7 @@ def test_mesh_axes_follow_the_axes_they_split(view, spec, shape, expected):
     ),
     (Matrix('l m n -> l m k'), (4, 8, 8), r"the sides name different axes: \['k', 'n'\]"),
     (Matrix('l h m n -> l m n'), (4, 2, 8, 8), r"the sides name different axes: \['h'\]"),
+    (Matrix(sizes=(('h', 2),)), (4, 8, 8), r"sizes are given for \['h'\], which are not"),
   ],
 )
 def test_a_view_that_does_not_fit_is_refused(view, shape, message):

@@ -213,6 +213,18 @@ def test_bfloat16_momentum_stays_so_and_hardly_matters():
     assert 0 < np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b - s)
 
 
+def test_bfloat16_gradients_do_not_narrow_the_momentum():
+  """A constant gradient of 1: the average comes within rounding of 1 only if it is kept wide."""
+  params = {'w': jnp.zeros((1, 16, 16))}
+  grads = {'w': jnp.ones((1, 16, 16), jnp.bfloat16)}
+  optimizer = muon(0.1, BFLOAT16, momentum=0.95)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  for _ in range(300):
+    _, state = update(grads, state, params)
+  assert state[0].mu['w'].dtype == jnp.float32
+  np.testing.assert_allclose(state[0].mu['w'], 1.0, atol=1e-5)
+
+
 @pytest.mark.parametrize('as_function', [True, False])
 def test_weight_decay_mask(as_function):
   def decayed(tree):

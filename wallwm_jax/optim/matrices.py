@@ -111,6 +111,8 @@ def _axis_lengths(matrix: Matrix, shape: tuple[int, ...]) -> dict[str, int]:
       lengths[unknown[0]] = size // known
     if math.prod(lengths[name] for name in names) != size:
       raise ConfigError(f'{where}: the axes {names} do not multiply to {size}.')
+  if unused := dict(matrix.sizes).keys() - {name for names in sources for name in names}:
+    raise ConfigError(f'{where}: sizes are given for {sorted(unused)}, which are not on the left.')
   used, made = ({n for names in side for n in names} - {'1'} for side in (sources, targets))
   if used != made:
     raise ConfigError(f'{where}: the sides name different axes: {sorted(used ^ made)}.')

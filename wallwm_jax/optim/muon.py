@@ -116,7 +116,8 @@ def scale_by_muon(
     count = state.count + 1
 
     def average(mu, g):
-      return momentum * mu.astype(g.dtype) + (1 - momentum) * g
+      wide = jnp.promote_types(mu.dtype, g.dtype)
+      return momentum * mu.astype(wide) + (1 - momentum) * g.astype(wide)
 
     mu = jax.tree.map(average, state.mu, updates)
     if bias_correction:

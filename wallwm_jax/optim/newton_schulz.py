@@ -134,7 +134,7 @@ def orthogonalize(
   """U V^T (approximately) of every matrix U S V^T in `x`; `how.dtype`.
 
   Independent of the scale of each matrix, as long as the squares of its entries stay inside the
-  range of float32 (1e-19 to 1e19). A zero matrix stays zero; a NaN stays in its own matrix.
+  range of float32 (1e-19 to 1e17). A zero matrix stays zero; a NaN stays in its own matrix.
 
   Args:
     total: sums an array over the devices that each hold some columns of the same matrices (m <= n);
