@@ -36,7 +36,7 @@ from wallwm_jax.models.text_encoder import make_text_encoder
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import loop, metrics
 from wallwm_jax.training.checkpoints import Checkpoints, load_inference
-from wallwm_jax.training.stages import STAGES, stage_loss
+from wallwm_jax.training.stages import stage_loss
 from wallwm_jax.training.state import abstract_state, build_optimizer
 from wallwm_jax.types import NormStats
 
@@ -52,7 +52,7 @@ MAE_EVENTS = 96
 class Recipe:
   """A training recipe and the learning rates to try; make: the stage-1 run to start from -> config.
 
-  The AdamW grid is the wider one: the recipes' own rates were chosen for Muon.
+  Every AdamW grid brackets the best rate; Muon's begin at the recipe's own.
   """
 
   title: str
@@ -61,8 +61,8 @@ class Recipe:
   muon_lrs: tuple[float, ...]
 
 
-def _quickstart(stage: str, steps: int, init_from: str) -> ExperimentConfig:
-  return presets.stage(presets.tabletop(), stage, steps=steps, init_from=init_from)
+def _quickstart2(init_from: str) -> ExperimentConfig:
+  return presets.stage(presets.tabletop(), '2', steps=500, init_from=init_from)
 
 
 def _bridge(init_from: str) -> ExperimentConfig:
@@ -71,23 +71,17 @@ def _bridge(init_from: str) -> ExperimentConfig:
 
 
 RECIPES = {
-  'quickstart1': Recipe(
-    'tabletop, stage 1: video tower',
-    functools.partial(_quickstart, '1', 400),
-    (1e-3, 2e-3, 4e-3, 8e-3),
-    (2e-3, 4e-3, 8e-3),
-  ),
   'quickstart2': Recipe(
     'tabletop, stage 2: action tower',
-    functools.partial(_quickstart, '2', 500),
-    (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    _quickstart2,
     (2e-3, 4e-3, 8e-3),
+    (4e-3, 8e-3),
   ),
   'bridge': Recipe(
     'BridgeData V2 sample: both towers',
     _bridge,
-    (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
-    (2.5e-4, 5e-4, 1e-3),
+    (1e-3, 2e-3, 4e-3),
+    (5e-4, 1e-3, 2e-3, 4e-3),
   ),
 }
 
@@ -150,9 +144,8 @@ class Study:
     return float(self.smoothed(run)[-1])
 
   def probe(self, run: Run) -> dict[str, float]:
-    """Losses of the final weights on batches and noise that are the same for every run.
-
-    Also the held-out action error of their running average, where the recipe trains actions.
+    """Losses of the final weights on batches and noise that are the same for every run, and the
+    held-out action error of their running average.
     """
     self.curve(run)
     path = self.out / run.name / 'probe.json'
@@ -173,10 +166,9 @@ class Study:
         functools.partial(self._loss, state.params, norm), self._batches(split, norm), keys
       )
       result[split] = float(np.mean(list(losses)))
-    if 'action' in STAGES[config.train.stage].trainable:
-      store = EventStore(config.data.store)
-      scores = evaluators.evaluate_actions(*load_inference(workdir), store, limit=MAE_EVENTS)
-      result['heldout_mae'] = scores.policy['mae']
+    store = EventStore(config.data.store)
+    scores = evaluators.evaluate_actions(*load_inference(workdir), store, limit=MAE_EVENTS)
+    result['heldout_mae'] = scores.policy['mae']
     return result
 
   def _batches(self, split: str, norm: NormStats):
@@ -221,9 +213,9 @@ def crossing(smoothed: np.ndarray, target: float) -> int | None:
   return int(below[0] + 1) * LOG_EVERY if len(below) else None
 
 
-def figures(study: Study, runs: list[Run], probe: bool) -> dict:
+def figures(study: Study, runs: list[Run]) -> dict:
   """Final losses of the seeds of one setting: mean, range and per seed; likewise its probes."""
-  probes = [study.probe(run) for run in runs] if probe else [{}]
+  probes = [study.probe(run) for run in runs]
   return {
     'steps': runs[0].steps,
     'lr': runs[0].lr,
@@ -241,16 +233,16 @@ def _spread(values: list[float]) -> dict:
   }
 
 
-def settings(lrs: dict[str, float], steps: int, seeds: list[int], fractions: list[float]) -> dict:
+def settings(lrs: dict[str, float], steps: int, args: argparse.Namespace) -> dict[str, list[Run]]:
   """The runs to compare by setting: both optimizers in full, Muon with its schedule shortened."""
 
-  def over_seeds(optimizer: str, length: float) -> list[Run]:
-    return [
-      Run(optimizer, lrs[optimizer], seed, round(length / LOG_EVERY) * LOG_EVERY) for seed in seeds
-    ]
+  def over(seeds: list[int], optimizer: str, length: float) -> list[Run]:
+    length = round(length / LOG_EVERY) * LOG_EVERY
+    return [Run(optimizer, lrs[optimizer], seed, length) for seed in seeds]
 
-  full = {name: over_seeds(name, steps) for name in OPTIMIZERS}
-  return full | {f'muon x {f:g}': over_seeds('muon', f * steps) for f in fractions}
+  short = args.short_seeds or args.seeds
+  result = {name: over(args.seeds, name, steps) for name in OPTIMIZERS}
+  return result | {f'muon x {f:g}': over(short, 'muon', f * steps) for f in args.fractions}
 
 
 def summarise(study: Study, runs_of: dict[str, list[Run]]) -> dict:
@@ -264,9 +256,7 @@ def summarise(study: Study, runs_of: dict[str, list[Run]]) -> dict:
     'smoothing_steps': study.window,
     'target_loss': target,
     'muon_reaches_target_at': reached,
-    'settings': {
-      name: figures(study, runs, probe=name in OPTIMIZERS) for name, runs in runs_of.items()
-    },
+    'settings': {name: figures(study, runs) for name, runs in runs_of.items()},
   }
 
 
@@ -294,7 +284,7 @@ def time_steps(study: Study, runs: list[Run], rounds: int) -> dict:
 
 
 def write_curves(study: Study, runs_of, path: pathlib.Path, title: str, timing: dict) -> None:
-  """What `plot` needs: smoothed losses by setting and seed, and the seconds of a step."""
+  """What `plot` needs: smoothed losses by setting and seed, and the relative cost of a step."""
   target = statistics.fmean(study.final(run) for run in runs_of['adamw'])
   curves = {
     name: [study.smoothed(run).round(5).tolist() for run in runs] for name, runs in runs_of.items()
@@ -306,7 +296,7 @@ def write_curves(study: Study, runs_of, path: pathlib.Path, title: str, timing: 
         'steps': runs_of['adamw'][0].steps,
         'smoothing_steps': study.window,
         'target_loss': target,
-        'step_s': timing['median_s'],
+        'muon_step_over_adamw': timing['value'],
         'curves': curves,
       }
     )
@@ -344,8 +334,8 @@ def _plot_row(row, result: dict) -> None:
       continue
     seeds = np.asarray(result['curves'][name])[:, skip:]
     steps = LOG_EVERY * (1 + skip + np.arange(seeds.shape[1]))
-    cost = result['step_s'][name.split()[0]] / (result['step_s']['adamw'] * result['steps'])
-    for axis, x in zip(row, (steps, steps * cost), strict=True):
+    cost = 1.0 if name == 'adamw' else result['muon_step_over_adamw']
+    for axis, x in zip(row, (steps, steps * cost / result['steps']), strict=True):
       axis.plot(x, seeds.mean(0), line, color=colour, label=label, linewidth=1.6)
       axis.fill_between(x, seeds.min(0), seeds.max(0), color=colour, alpha=0.15, linewidth=0)
   for axis, label in zip(row, ('optimizer steps', 'time of the steps / time of the AdamW run')):
@@ -366,6 +356,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--adamw-lrs', type=float, nargs='+', help="default: the recipe's grid")
   parser.add_argument('--muon-lrs', type=float, nargs='+', help="default: the recipe's grid")
   parser.add_argument('--fractions', type=float, nargs='*', default=[0.75, 0.5])
+  parser.add_argument('--short-seeds', type=int, nargs='+', help='of shortened runs; default: all')
   parser.add_argument('--rounds', type=int, default=15, help='timed steps of each optimizer')
   parser.add_argument('--plot', help='also draw every recipe of OUT into this PNG')
   return parser.parse_args()
@@ -386,7 +377,7 @@ def main() -> None:
     for name in OPTIMIZERS
   }
   lrs = {name: tuning[name]['lr'] for name in OPTIMIZERS}
-  runs_of = settings(lrs, steps, args.seeds, args.fractions)
+  runs_of = settings(lrs, steps, args)
   summary = summarise(study, runs_of)
   timing = time_steps(study, [runs_of[name][0] for name in OPTIMIZERS], args.rounds)
   write_curves(study, runs_of, out / 'curves.json', recipe.title, timing)
