@@ -41,7 +41,7 @@ from wallwm_jax.parallel import aot, hlo, rules
 from wallwm_jax.parallel.mesh import MESH_AXES, make_mesh
 from wallwm_jax.training.state import abstract_state, build_optimizer, param_shapes
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import NormStats
+from wallwm_jax.types import NormStats, path_string
 
 # Wan2.2-TI2V-5B without cross-view layers: 8 matrices of 3072 x 3072, 2 of 3072 x 14336 per layer
 TOWER = VideoConfig(width=3072, layers=30, heads=24, ffn=14336, cross_view=False)
@@ -101,7 +101,7 @@ class Case:
     """
 
     def shape(path, leaf):
-      own = rules.path_string(path).endswith('ns_coeffs')
+      own = path_string(path).endswith('ns_coeffs')
       return jax.ShapeDtypeStruct((), leaf.dtype) if own else leaf
 
     shapes = jax.tree_util.tree_map_with_path(shape, tree)

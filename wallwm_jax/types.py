@@ -50,6 +50,11 @@ class StatsMismatchError(WallWMError, ValueError):
   """Normalisation statistics that differ from those a model was trained with."""
 
 
+def path_string(key_path) -> str:
+  """A JAX key path as 'a/b/c': dict keys, field names and indices without decoration."""
+  return jax.tree_util.keystr(key_path, simple=True, separator='/')
+
+
 def pytree_dataclass(cls):
   """A frozen dataclass whose fields are all pytree children."""
   cls = dataclasses.dataclass(frozen=True)(cls)

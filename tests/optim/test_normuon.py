@@ -10,9 +10,12 @@ import pytest
 from wallwm_jax.config import MeshConfig, OptimConfig
 from wallwm_jax.optim import make_optimizer, route
 from wallwm_jax.optim.matrices import Matrix
+from wallwm_jax.optim.muon import muon
+from wallwm_jax.optim.newton_schulz import NewtonSchulz, coefficients
 from wallwm_jax.optim.normuon import normalize_neurons
 from wallwm_jax.parallel import rules
 from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.types import ConfigError
 
 B2 = 0.9
 
@@ -50,6 +53,12 @@ def test_zero_updates_stay_zero():
   transform = normalize_neurons(B2, [Matrix()])
   out, _ = transform.update(zero, transform.init(zero))
   assert (np.asarray(out) == 0).all()
+
+
+def test_needs_a_plan():
+  how = NewtonSchulz(coefficients('jordan', 5))
+  with pytest.raises(ConfigError, match='normuon_b2=0.9: expected a plan, got none'):
+    muon(0.1, how, normuon_b2=B2)
 
 
 def tree():

@@ -44,7 +44,7 @@ class Matrix:
     Raises:
       ConfigError: the pattern does not fit the shape, or does not end in three axes.
     """
-    lengths = self._lengths(tuple(shape))
+    lengths = _axis_lengths(self, tuple(shape))
     return tuple(math.prod(lengths[name] for name in names) for names in self._sides()[1])
 
   def split(self, x: jax.Array) -> jax.Array:
@@ -54,7 +54,8 @@ class Matrix:
   def merge(self, matrices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The tensor of `shape` that `split` makes these matrices of."""
     source, target = self.pattern.split('->')
-    lengths = {name: size for name, size in self._lengths(tuple(shape)).items() if name != '1'}
+    lengths = dict(_axis_lengths(self, tuple(shape)))
+    del lengths['1']  # einops knows it
     return einops.rearrange(matrices, f'{target} -> {source}', **lengths)
 
   def spec(
@@ -65,7 +66,7 @@ class Matrix:
     An axis that would have to split a later factor of a composed axis is dropped: the tensor is
     gathered over it before it is read as matrices.
     """
-    lengths = self._lengths(tuple(shape))
+    lengths = _axis_lengths(self, tuple(shape))
     sources, targets = self._sides()
     leaders = [_leader(names) for names in targets]
     placed: list[MeshAxes] = [()] * len(targets)
@@ -90,9 +91,6 @@ class Matrix:
         f'got {len(target)}.'
       )
     return source, target
-
-  def _lengths(self, shape: tuple[int, ...]) -> dict[str, int]:
-    return _axis_lengths(self, shape)
 
 
 @functools.cache

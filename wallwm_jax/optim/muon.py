@@ -58,6 +58,9 @@ def muon(
     plan: who orthogonalises what, from `make_plan`; None = stacks [L, m, n] on one device.
     weight_decay_mask: tree of bool, or a function of the parameters; None decays every leaf.
     normuon_b2: decay of NorMuon's second moments, which needs a plan; 0 = plain Muon.
+
+  Raises:
+    ConfigError: NorMuon without a plan; see `scale_by_muon` for the rest.
   """
   scale = scale_by_muon(
     newton_schulz,
@@ -69,6 +72,8 @@ def muon(
     mu_dtype=mu_dtype,
   )
   if normuon_b2:
+    if plan is None:
+      raise ConfigError(f'normuon_b2={normuon_b2}: expected a plan, got none. Make one: make_plan.')
     scale = optax.chain(scale, normalize_neurons(normuon_b2, [leaf.view for leaf in plan.leaves]))
   return optax.with_extra_args_support(
     optax.chain(

@@ -47,8 +47,7 @@ def normalize_neurons(b2: float, views: Sequence[Matrix]) -> optax.GradientTrans
       x = view.split(u)
       v = b2 * v + (1 - b2) * jnp.mean(jnp.square(x), axis=-2, keepdims=True)
       y = x / (jnp.sqrt(v) + _EPS)
-      norms = (jnp.linalg.norm(m, axis=(-2, -1), keepdims=True) for m in (x, y))
-      before, after = norms
+      before, after = (jnp.linalg.norm(z, axis=(-2, -1), keepdims=True) for z in (x, y))
       y = y * (before / jnp.where(after == 0, 1.0, after))
       even.append(view.merge(y, u.shape).astype(u.dtype))
       moments.append(v)

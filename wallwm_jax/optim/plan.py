@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from wallwm_jax.optim.matrices import Matrix, MeshAxes
 from wallwm_jax.optim.newton_schulz import NewtonSchulz
-from wallwm_jax.types import ConfigError
+from wallwm_jax.types import ConfigError, path_string
 
 MAX_SLOTS = 8  # of a group: beyond it an owner takes several matrices per slot
 # One TPU v5p chip, for choosing `parts`; only the ratio matters.
@@ -90,10 +90,10 @@ class Group:
   def slots(self) -> int:
     return -(-self.matrices // self.capacity)
 
-  def flops(self, how: NewtonSchulz, symmetric: float = 1.0) -> float:
-    """Matmul FLOPs of every device, padding included."""
+  def flops(self, how: NewtonSchulz) -> float:
+    """Matmul FLOPs of every device with full products, padding included."""
     form = 'gram' if self.parts > 1 else None
-    one = how.flops(self.rows, self.cols, form, symmetric=symmetric, parts=self.parts)
+    one = how.flops(self.rows, self.cols, form, parts=self.parts)
     return self.slots * self.per_slot * one
 
   def wire_bytes(self, how: NewtonSchulz) -> dict[str, float]:
@@ -221,11 +221,6 @@ def format_plan(plan: Plan, how: NewtonSchulz) -> str:
     f'those of an even split of whole matrices; {wire / 1e6:,.1f} MB sent'
   )
   return '\n'.join(lines)
-
-
-def path_string(key_path) -> str:
-  """A JAX key path as 'a/b/c'."""
-  return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def _named(leaf) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 
 from wallwm_jax.optim.matrices import Matrix
-from wallwm_jax.types import ConfigError
+from wallwm_jax.types import ConfigError, path_string
 
 # A Matrix sends a parameter to Muon and says how it is read as matrices.
 Label = Matrix | Literal['adamw', 'frozen']
@@ -44,7 +44,7 @@ def route(shapes: Any, trainable: Any | None = None, rules: Rules = DEFAULT_RULE
       Matrix that does not fit its tensor or makes matrices with a side below 16 of it.
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  paths = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves]
+  paths = [path_string(p) for p, _ in leaves]
   matches = [_first_match(path, rules) for path in paths]
   _check_coverage(paths, matches, rules)
   labels = [rules[i][1] for i in matches]

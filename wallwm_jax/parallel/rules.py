@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wallwm_jax.config import nearest
-from wallwm_jax.types import ConfigError
+from wallwm_jax.types import ConfigError, path_string
 
 LogicalAxes = tuple[str | None, ...]  # None = never split
 MeshRules = Sequence[tuple[str, tuple[str, ...]]]
@@ -180,11 +180,6 @@ def partition_spec(
           f'= mesh axes {" * ".join(split)}. Change config.mesh, its rules, or the size.')
     entries.append(split if parts > 1 else None)
   return PartitionSpec(*entries)
-
-
-def path_string(key_path) -> str:
-  """A JAX key path as 'a/b/c': dict keys, field names and indices without decoration."""
-  return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def _first_match(path: str, param_rules: ParamRules) -> int | None:

@@ -29,7 +29,7 @@ from jax.sharding import SingleDeviceSharding
 
 from wallwm_jax.config import ExperimentConfig, from_config_dict
 from wallwm_jax.training.state import TrainState, param_shapes
-from wallwm_jax.types import CheckpointError, InferenceParams, NormStats, Params
+from wallwm_jax.types import CheckpointError, InferenceParams, NormStats, Params, path_string
 
 FORMAT = 1
 DIRECTORY = 'checkpoints'
@@ -255,7 +255,7 @@ def _read_meta(manager, path: pathlib.Path, step: int | None) -> dict[str, Any]:
 def _table(tree) -> dict[str, list]:
   """{path: [shape, dtype]} of every leaf."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(x.shape), str(x.dtype)]
+  return {path_string(path): [list(x.shape), str(x.dtype)]
           for path, x in leaves}
 
 

@@ -44,7 +44,7 @@ from wallwm_jax.training.state import (
     param_shapes,
 )
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import EventBatch, NormStats
+from wallwm_jax.types import EventBatch, NormStats, path_string
 
 NORM_FILE = 'norm_stats.json'
 _PREFETCH = 2  # batches put on the devices ahead of the step that reads them
@@ -152,7 +152,7 @@ def _open_batches(config: ExperimentConfig, store: EventStore, norm: NormStats, 
 def _gradient_names(abstract: TrainState) -> list[str]:
   """Paths and shapes of the trainable parameters (those that have an average), in tree order."""
   leaves = jax.tree_util.tree_leaves_with_path(abstract.ema)
-  return [f'{rules.path_string(path)!r} {leaf.shape}' for path, leaf in leaves]
+  return [f'{path_string(path)!r} {leaf.shape}' for path, leaf in leaves]
 
 
 def _log_dir(workdir: pathlib.Path) -> pathlib.Path:
@@ -224,7 +224,7 @@ def dry_run(config: ExperimentConfig) -> str:
   for (path, leaf), label, sharding in zip(
       jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(labels),
       jax.tree.leaves(placed), strict=True):
-    name = rules.path_string(path)
+    name = path_string(path)
     view = '{} of {} x {}'.format(*matrices[name]) if name in matrices else ''
     table.add_row(name, str(leaf.shape), optimizer_of(label), view, str(sharding.spec))
   console = rich.console.Console(width=120)

@@ -88,7 +88,7 @@ def split_trainable(params: Params, stage: str) -> tuple[Params, Params]:
 
 @pytree_dataclass
 class Tube:
-  """A tube mask : cells [B, V, 1, h, w, 1] are hidden in every frame that is denoised, and
+  """A tube mask: cells [B, V, 1, h, w, 1] are hidden in every frame that is denoised, and
   where hides_known [B, 1, 1, 1, 1, 1] is True in the conditioning frames too."""
 
   cells: Bool[Array, "B V 1 h w 1"]
