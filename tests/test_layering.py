@@ -25,6 +25,9 @@ ALLOWED = {
   'parallel': VOCABULARY,
   'data': VOCABULARY | {'geometry'},
   'models': VOCABULARY | {'kernels.*.api', 'geometry', 'parallel.constraints'},
+  'convert': VOCABULARY | {'presets', 'weights'},
+  'weights': VOCABULARY | {'parallel'},
+  'text': VOCABULARY | {'models.functional', 'parallel', 'weights'},
   'inference': VOCABULARY
   | {'models.functional', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
   'envs': VOCABULARY | {'geometry', 'data.schema'},
@@ -38,8 +41,9 @@ ALLOWED = {
     'parallel',
     'data',
     'models.functional',
-    'models.text_encoder',
     'inference',
+    'text',
+    'weights',
   },
 }
 # external library -> the packages that may use it
@@ -47,7 +51,10 @@ CONFINED = {
   'flax': {'models'},
   'optax': {'optim', 'training'},
   'grain': {'data'},
-  'orbax': {'training'},
+  'orbax': {'training', 'weights'},
+  'tensorstore': {'weights'},
+  'safetensors': set(),
+  'tokenizers': {'text'},
   'mujoco': {'envs'},
   'tensorflow': set(),
   'torch': set(),

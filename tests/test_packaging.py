@@ -19,6 +19,7 @@ DISTRIBUTIONS = {  # import name -> distribution name, where they differ
   'array_record': 'array-record',
   'google_crc32c': 'google-crc32c',
   'ml_collections': 'ml-collections',
+  'ml_dtypes': 'ml-dtypes',
   'orbax': 'orbax-checkpoint',
   'PIL': 'pillow',
   'tensorflow_datasets': 'tensorflow-datasets',

@@ -103,7 +103,8 @@ class Observation:
 class EventBatch:
   """One training batch; every event of a batch lies in the same length bucket.
 
-  frames: [B, V, T, H, W, 3] uint8, T = 1 + 4N (event window) or 1 + 4M + 4N (chunk window).
+  frames: [B, V, T, H, W, 3] uint8, T = 1 + 4N (event window) or 1 + 4M + 4N (chunk window); None
+  where `latents` [B, V, F, h, w, C] float32, the codec's unnormalised latents, stand in for them.
   num_frames: [B] valid raw frames, 1 + 4n <= T; later frames are padding.
   raw_length: [B] frames of the event before truncation to the window (drives caption drop).
   state: [B, A] normalised state at the anchor frame.
@@ -114,7 +115,7 @@ class EventBatch:
   cameras: calibration (valid = False where unknown); uid: [B, 2] uint32 halves of the event's id.
   """
 
-  frames: UInt8[Array, 'B V T H W 3']
+  frames: UInt8[Array, 'B V T H W 3'] | None
   num_frames: Int[Array, 'B']
   raw_length: Int[Array, 'B']
   state: Float[Array, 'B A']
@@ -125,6 +126,7 @@ class EventBatch:
   pixel_mask: Bool[Array, 'B V H W']
   cameras: Cameras
   uid: Int[Array, 'B 2']
+  latents: Float[Array, 'B V F h w C'] | None = None
 
 
 @pytree_dataclass
@@ -153,11 +155,29 @@ class NormStats:
 
 
 @pytree_dataclass
+class Frozen:
+  """What a model was trained with and never trains.
+
+  norm: statistics. codec: parameters of the frame codec, {} for one without weights. null_text:
+  features [1, X, E] of the empty (or negative) caption; None where an empty caption is simply not
+  attended to.
+  """
+
+  norm: NormStats
+  codec: Params = dataclasses.field(default_factory=dict)
+  null_text: Text | None = None
+
+
+@pytree_dataclass
 class InferenceParams:
-  """Everything a rollout needs: model weights (EMA) and the statistics they were trained with."""
+  """Everything a rollout needs: model weights (EMA) and what they were trained with."""
 
   model: Params
-  norm: NormStats
+  frozen: Frozen
+
+  @property
+  def norm(self) -> NormStats:
+    return self.frozen.norm
 
 
 class EnvFns(NamedTuple):
