@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wallwm_jax.kernels.attention import api, reference
+from wallwm_jax.kernels.attention import api, reference, xla
 from wallwm_jax.types import ConfigError
 
 IMPLEMENTATIONS = {
@@ -159,3 +159,33 @@ def test_calls_that_make_no_sense_are_refused():
     api.dot_product_attention(q, k, v, mask=np.ones((2, 1, 1, 7), np.float32))
   with pytest.raises(ConfigError, match="'xla'.*got 'cuda'"):
     api.dot_product_attention(q, k, v, implementation='cuda')
+
+
+@pytest.mark.parametrize('queries', [24, 23])
+@pytest.mark.parametrize('mask_shape', [(2, 1, 1, 7), (1, 2, -1, 7), (-1, 7), (2, 1, -1, 1)])
+@pytest.mark.parametrize('bias_queries', [1, -1])
+def test_blocks_of_queries_change_nothing(monkeypatch, queries, mask_shape, bias_queries):
+  """Long sequences take the same values and gradients block by block, padded blocks included."""
+  q, k, v = inputs(14, queries=queries)
+  rng = np.random.default_rng(15)
+  mask = rng.random([queries if n == -1 else n for n in mask_shape]) < 0.6
+  if mask.shape[-2] > 1:
+    mask[..., 4, :] = False
+  bias = rng.normal(size=(1, 2, queries if bias_queries == -1 else 1, 7)).astype(np.float32)
+  weight = rng.normal(size=q.shape)
+
+  def loss(q, k, v, bias):
+    out = xla.attention(q, k, v, mask, bias)
+    return (out * weight).sum(), out
+
+  plain, whole = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, bias)
+  monkeypatch.setattr(xla, '_LONG', 1)
+  monkeypatch.setattr(xla, '_BLOCK', 5)
+  gradient = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+  assert f'[2,2,{queries},7]' not in str(jax.make_jaxpr(gradient)(q, k, v, bias))
+  got, blocks = gradient(q, k, v, bias)
+  np.testing.assert_allclose(blocks, whole, atol=2e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, plain)
+  if mask.shape[-2] > 1:
+    hidden = np.broadcast_to(~mask.any(-1), (2, 2, queries)).swapaxes(1, 2)
+    assert hidden.any() and not np.asarray(blocks)[hidden].any()

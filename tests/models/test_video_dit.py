@@ -161,10 +161,11 @@ def test_conditioning_conventions():
   np.testing.assert_allclose(levels, [[0, 0.3, 0.3], [0, 0.8, 0.8]])
   channel = dataclasses.replace(TINY, video=dataclasses.replace(TINY.video, conditioning='channel'))
   x, levels = F.condition_video(channel, z, t, known, frame0)
-  assert x.shape[-1] == 13
+  # Noised latents, a mask channel per raw frame of a latent frame, known latents.
+  assert x.shape[-1] == 6 + TINY.codec.temporal + 6
   np.testing.assert_array_equal(x[..., :6], z)
-  np.testing.assert_array_equal(x[:, :, 0, ..., 6:12], known[:, :, 0])
-  assert not np.any(x[:, :, 1:, ..., 6:]) and np.all(x[:, :, 0, ..., 12] == 1)
+  np.testing.assert_array_equal(x[:, :, 0, ..., 10:], known[:, :, 0])
+  assert not np.any(x[:, :, 1:, ..., 6:]) and np.all(x[:, :, 0, ..., 6:10] == 1)
   np.testing.assert_allclose(levels, [[0.3] * 3, [0.8] * 3])
   out, _ = F.video_forward(
     _random_params(channel)['video'], channel, x, levels, _inputs(channel)[2], _full_masks()

@@ -4,8 +4,11 @@ float32.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from wallwm_jax.kernels.attention.api import dot_product_attention
@@ -34,23 +37,25 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale over the last axis, statistics in float32."""
 
-  def __init__(self, width: int):
+  def __init__(self, width: int, eps: float = _EPS):
     self.scale = nnx.Param(jnp.ones((width,)))
+    self.eps = eps
 
   def __call__(self, x):
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + _EPS)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
     return (y * self.scale[...]).astype(x.dtype)
 
 
 class AffineLayerNorm(nnx.Module):
   """LayerNorm with learned scale and bias."""
 
-  def __init__(self, width: int):
+  def __init__(self, width: int, eps: float = _EPS):
     self.scale, self.bias = nnx.Param(jnp.ones((width,))), nnx.Param(jnp.zeros((width,)))
+    self.eps = eps
 
   def __call__(self, x):
-    return (layer_norm(x) * self.scale[...] + self.bias[...]).astype(x.dtype)
+    return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -63,24 +68,29 @@ class Embedding(nnx.Module):
     return self.embedding[...][index]
 
 
-def layer_norm(x):
+def layer_norm(x, eps: float = _EPS):
   """Parameter-free LayerNorm over the last axis, float32 out."""
   y = x.astype(jnp.float32)
   y = y - jnp.mean(y, -1, keepdims=True)
-  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + _EPS)
+  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
 
 
-def modulate(x, shift, scale):
+def modulate(x, shift, scale, eps: float = _EPS):
   """AdaLN: LN(x) * (1 + scale) + shift in float32, back in the dtype of x."""
-  return (layer_norm(x) * (1.0 + scale) + shift).astype(x.dtype)
+  return (layer_norm(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
 
 
 def timestep_features(sigma, width: int):
-  """[..., width] float32 sinusoids of 1000 * sigma, cosines first (Wan's convention)."""
+  """[..., width] float32 sinusoids of 1000 * sigma, cosines first (Wan's convention); a last odd
+  feature is 0.
+  """
   half = width // 2
-  frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
+  # On the host and in float32, step by step as the public code: angles reach 1000, where the last
+  # bit of a frequency shows in the prediction.
+  frequency = np.exp(np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32) / half)
   angle = 1000.0 * sigma[..., None].astype(jnp.float32) * frequency
-  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+  features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+  return jnp.pad(features, [(0, 0)] * sigma.ndim + [(0, width % 2)])
 
 
 class Attention(nnx.Module):
@@ -99,6 +109,7 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
     kv_width: int | None = None,
     out_scale: float = 1.0,
+    eps: float = _EPS,
   ):
     kv_width = width if kv_width is None else kv_width
     self.heads = heads
@@ -106,7 +117,7 @@ class Attention(nnx.Module):
     self.k = Linear(kv_width, width, dtype=dtype, rngs=rngs)
     self.v = Linear(kv_width, width, dtype=dtype, rngs=rngs)
     self.o = Linear(width, width, dtype=dtype, rngs=rngs, scale=out_scale)
-    self.q_norm, self.k_norm = RMSNorm(width), RMSNorm(width)
+    self.q_norm, self.k_norm = RMSNorm(width, eps), RMSNorm(width, eps)
 
   def queries(self, x, rotation: Rotation | None = None):
     """[..., S, heads, hd] normalised (and rotated) queries of x [..., S, D]."""

@@ -1,7 +1,7 @@
 """Rotary embeddings: Wan's 3-D table, the 4-way Camera RoPE of the cross-view branch, and 1-D for
 actions.
 
-All rotate interleaved pairs (x[2i], x[2i+1]). Tables are float32 angles of shape [..., pairs].
+All rotate interleaved pairs (x[2i], x[2i+1]). Tables are angles of shape [..., pairs].
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ class Rotation(NamedTuple):
 
   @classmethod
   def of(cls, angles) -> 'Rotation':
+    """Of traced angles in their dtype; of NumPy ones in float64 on the host, rounded at the end."""
+    if isinstance(angles, np.ndarray):
+      angles = angles.astype(np.float64)
+      return cls(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
     return cls(jnp.cos(angles), jnp.sin(angles))
 
 
@@ -42,7 +46,7 @@ def axis_angles(positions: np.ndarray, pairs: int, theta: float) -> np.ndarray:
 def video_angles(
   frames: np.ndarray, grid: tuple[int, int], head_dim: int, theta: float
 ) -> np.ndarray:
-  """[F * P, head_dim / 2] float32 for tokens ordered (frame, row, column).
+  """[F * P, head_dim / 2] float64 for tokens ordered (frame, row, column).
 
   Wan's split of the head: rows and columns get 2 * (d // 6) features each, time the rest.
   """
@@ -53,7 +57,7 @@ def video_angles(
     axis_angles(y, spatial, theta),
     axis_angles(x, spatial, theta),
   ]
-  return np.concatenate(parts, axis=-1).astype(np.float32)
+  return np.concatenate(parts, axis=-1)
 
 
 def camera_pairs(head_dim: int) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from wallwm_jax.models.layers import (
 from wallwm_jax.models.rope import Rotation, camera_angles, camera_pairs, video_angles
 from wallwm_jax.models.stack import scan_blocks, stack_blocks
 from wallwm_jax.parallel.constraints import constrain
-from wallwm_jax.types import Text, pytree_dataclass
+from wallwm_jax.types import Params, Text, pytree_dataclass
 
 
 @pytree_dataclass
@@ -64,15 +64,18 @@ class VideoBlock(nnx.Module):
     # Rows: shift, scale, gate of self-attention, then of the FFN. Gates start open, shifts and
     # scales at rest.
     self.modulation = nnx.Param(jnp.zeros((6, c.width)).at[jnp.array([2, 5])].set(1.0))
-    self.self_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
+    self.eps = c.eps
+    self.self_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs, eps=c.eps)
     if c.cross_view:
-      self.cross_view = Attention(c.width, c.heads, dtype=dtype, rngs=rngs, out_scale=0.0)
+      self.cross_view = Attention(
+        c.width, c.heads, dtype=dtype, rngs=rngs, out_scale=0.0, eps=c.eps
+      )
       self.view_gate = nnx.Param(jnp.ones((c.width,)))
       # The graft starts as a copy of the block's own self-attention; only its output is zero.
       for name in ('q', 'k', 'v'):
         getattr(self.cross_view, name).kernel[...] = getattr(self.self_attn, name).kernel[...]
-    self.norm_cross = AffineLayerNorm(c.width)
-    self.cross_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs)
+    self.norm_cross = AffineLayerNorm(c.width, c.eps)
+    self.cross_attn = Attention(c.width, c.heads, dtype=dtype, rngs=rngs, eps=c.eps)
     self.ffn = FeedForward(c.width, c.ffn, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, e6, view_gate, ctx: _Attend):
@@ -80,14 +83,14 @@ class VideoBlock(nnx.Module):
     b, v, f, p, d = x.shape
     m = (self.modulation[...] + e6)[:, None, :, :, None]  # [B, 1, F, 6, 1, D]
     shift, scale, gate, shift_ff, scale_ff, gate_ff = (m[:, :, :, i] for i in range(6))
-    h = modulate(x, shift, scale).reshape(b * v, f * p, d)
+    h = modulate(x, shift, scale, self.eps).reshape(b * v, f * p, d)
     h = self.self_attn(h, mask=ctx.self_mask, rotation=ctx.self_rotation)
     x = x + (h.reshape(x.shape) * gate).astype(x.dtype)
     if hasattr(self, 'cross_view'):
       x = x + self._across_views(x, shift, scale, view_gate, ctx)
     h = self.cross_attn(self.norm_cross(x).reshape(b, v * f * p, d), ctx.text, mask=ctx.text_mask)
     x = x + h.reshape(x.shape).astype(x.dtype)
-    h = self.ffn(modulate(x, shift_ff, scale_ff))
+    h = self.ffn(modulate(x, shift_ff, scale_ff, self.eps))
     x = x + (h * gate_ff).astype(x.dtype)
     return constrain(x, 'batch', None, None, 'patch', None)
 
@@ -96,7 +99,7 @@ class VideoBlock(nnx.Module):
     initialisation.
     """
     b, v, f, p, d = x.shape
-    h = modulate(x, shift, scale).swapaxes(1, 2).reshape(b * f, v * p, d)
+    h = modulate(x, shift, scale, self.eps).swapaxes(1, 2).reshape(b * f, v * p, d)
     h = self.cross_view(h, mask=ctx.view_mask, rotation=ctx.view_rotation)
     gate = (self.view_gate[...] + view_gate)[:, None, :, None]
     return (h.reshape(b, f, v, p, d).swapaxes(1, 2) * gate).astype(x.dtype)
@@ -111,8 +114,9 @@ class VideoTower(nnx.Module):
     c, dtype = config.video, jnp.dtype(config.dtype)
     self.config = config
     channels = config.codec.channels
-    # Channel conditioning appends the known latents and their mask (Wan's inpainting convention).
-    d_in = channels if c.conditioning == 'frame' else 2 * channels + 1
+    # Channel conditioning appends a mask channel per raw frame of a latent frame, then the known
+    # latents (Wan's image-to-video convention).
+    d_in = channels if c.conditioning == 'frame' else 2 * channels + config.codec.temporal
     cells = c.patch[1] * c.patch[2]
     self.patch_embed = Linear(cells * d_in, c.width, dtype=dtype, rngs=rngs)
     self.time_in = Linear(c.freq_dim, c.width, dtype=jnp.float32, rngs=rngs)
@@ -136,8 +140,7 @@ class VideoTower(nnx.Module):
     b, v, f, h, w, _ = z.shape
     grid = (h // c.patch[1], w // c.patch[2])
     x = constrain(self.patch_embed(_patchify(z, c.patch)), 'batch', None, None, 'patch', None)
-    temb = self.time_out(jax.nn.silu(self.time_in(timestep_features(t, c.freq_dim))))
-    e6 = self.time_proj(jax.nn.silu(temb)).reshape(b, f, 6, c.width)
+    temb, e6 = self.embed_time(t)
     gate = self.view_gate(jax.nn.silu(temb)) if c.cross_view else jnp.zeros_like(temb)
     ctx = self._context(x, grid, text, masks)
     x, features = scan_blocks(
@@ -149,6 +152,12 @@ class VideoTower(nnx.Module):
       # frame.
       out = out + _last_given(z.astype(jnp.float32), t)
     return out, features
+
+  def embed_time(self, t):
+    """Levels t [B, F] in [0, 1] -> (embedding [B, F, D], modulations [B, F, 6, D]), float32."""
+    c = self.config.video
+    temb = self.time_out(jax.nn.silu(self.time_in(timestep_features(t, c.freq_dim))))
+    return temb, self.time_proj(jax.nn.silu(temb)).reshape(*t.shape, 6, c.width)
 
   def _context(self, x, grid, text: Text, masks: VideoMasks) -> _Attend:
     c = self.config.video
@@ -180,6 +189,7 @@ class VideoHead(nnx.Module):
 
   def __init__(self, config: ModelConfig, d_out: int, *, rngs: nnx.Rngs):
     width = config.video.width
+    self.eps = config.video.eps
     self.modulation = nnx.Param(jnp.zeros((2, width)))
     self.kernel = nnx.Param(jnp.zeros((width, d_out)))
     self.bias = nnx.Param(jnp.zeros((d_out,)))
@@ -187,7 +197,24 @@ class VideoHead(nnx.Module):
   def __call__(self, x, temb):
     """x [B, V, F, P, D], temb [B, F, D] -> float32 [B, V, F, P, d_out]."""
     shift, scale = (self.modulation[...][i] + temb[:, None, :, None] for i in (0, 1))
-    return (layer_norm(x) * (1.0 + scale) + shift) @ self.kernel[...] + self.bias[...]
+    return (layer_norm(x, self.eps) * (1.0 + scale) + shift) @ self.kernel[...] + self.bias[...]
+
+
+def graft_views(public: Params, fresh: Params) -> Params:
+  """Parameters of a multi-view tower grown from a single-view one, such as a public checkpoint.
+
+  Args:
+    public: of a tower without cross-view branches. fresh: initialised, of the multi-view tower.
+
+  Returns:
+    `fresh` with everything that `public` has taken from there, and with every cross-view branch
+    reading as its block's self-attention does (queries, keys, values, their norms). Outputs, gates
+    and view embedding stay as in `fresh`, whose branches output exactly 0: the grown tower predicts
+    bit by bit what `public` does.
+  """
+  blocks = fresh['blocks'] | public['blocks']
+  own = {name: blocks['self_attn'][name] for name in ('q', 'k', 'v', 'q_norm', 'k_norm')}
+  return fresh | public | {'blocks': blocks | {'cross_view': blocks['cross_view'] | own}}
 
 
 def _last_given(z, t):

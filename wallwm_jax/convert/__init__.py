@@ -1,0 +1,1 @@
+"""Public torch checkpoints to weight folders of this project, and back."""
