@@ -55,6 +55,23 @@ PARAM_RULES: ParamRules = (
 )
 
 
+# The frozen UMT5 encoder: as the towers, its relative position tables by head.
+UMT5_RULES: ParamRules = (
+    # [vocab, E]
+    (r'embed/embedding', (None, 'embed')),
+    # [L, E, H * hd], [L, H * hd, E]
+    (r'blocks/(q|k|v)/kernel', ('layers', 'embed', 'heads')),
+    (r'blocks/o/kernel', ('layers', 'heads', 'embed')),
+    # [L, E, F], [L, F, E]
+    (r'blocks/(gate|up)/kernel', ('layers', 'embed', 'mlp')),
+    (r'blocks/down/kernel', ('layers', 'mlp', 'embed')),
+    # [L, buckets, H]
+    (r'blocks/rel_bias/embedding', ('layers', None, 'heads')),
+    (r'blocks/(attn_norm|ffn_norm)/scale', ('layers', None)),
+    (r'norm/scale', (None,)),
+)
+
+
 def logical_axes(path: str, ndim: int, param_rules: ParamRules = PARAM_RULES) -> LogicalAxes:
   """Logical axes of the parameter that `path` ends with ('/'-joined); () for scalars.
 
@@ -76,13 +93,15 @@ def logical_axes(path: str, ndim: int, param_rules: ParamRules = PARAM_RULES) ->
   return axes
 
 
-def param_shardings(shapes: Any, mesh: Mesh, rules: MeshRules) -> Any:
+def param_shardings(
+    shapes: Any, mesh: Mesh, rules: MeshRules, param_rules: ParamRules = PARAM_RULES
+) -> Any:
   """NamedShardings for a tree whose leaf paths end with parameter paths (params, EMA, optimizer
   state).
 
   Args:
     shapes: tree of arrays or ShapeDtypeStructs; scalars are replicated.
-    rules: `MeshConfig.rules`.
+    rules: `MeshConfig.rules`. param_rules: logical axes by path, those of the towers if not given.
 
   Raises:
     ConfigError: see `logical_axes` and `partition_spec`.
@@ -91,7 +110,7 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: MeshRules) -> Any:
 
   def place(key_path, leaf):
     path = path_string(key_path)
-    axes = logical_axes(path, len(leaf.shape))
+    axes = logical_axes(path, len(leaf.shape), param_rules)
     # Statistics that an optimizer keeps per row or column of a parameter have sides of 1.
     axes = tuple(a if size > 1 else None for a, size in zip(axes, leaf.shape, strict=True))
     return NamedSharding(mesh, partition_spec(axes, leaf.shape, table, mesh, f'parameter {path!r}'))

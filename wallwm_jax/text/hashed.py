@@ -1,8 +1,5 @@
-"""Frozen text encoders behind one interface: `encode(list of captions) -> Text` on the host, in
-NumPy.
-
-The weight-free 'hash' encoder gives every word a fixed random direction, so captions condition a
-model trained from scratch; public encoders (UMT5) implement the same `encode`.
+"""The weight-free text encoder: every word a fixed random direction, so that captions condition a
+model trained from scratch.
 """
 
 from __future__ import annotations
@@ -11,7 +8,6 @@ import functools
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -19,12 +15,6 @@ from wallwm_jax.config import TextConfig
 from wallwm_jax.types import Text
 
 _WORD = re.compile(r'[a-z0-9]+|[^\sa-z0-9]')
-
-
-class TextEncoder(Protocol):
-  """Anything that turns captions into Text features; '' is the empty caption (mask all False)."""
-
-  def encode(self, captions: Sequence[str]) -> Text: ...
 
 
 class HashTextEncoder:
@@ -60,8 +50,3 @@ def _direction(word: str, width: int) -> np.ndarray:
 def _sinusoids(length: int, width: int) -> np.ndarray:
   angle = np.arange(length)[:, None] / 10_000 ** (np.arange(width // 2)[None] / (width // 2))
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
-
-
-def make_text_encoder(config: TextConfig) -> TextEncoder:
-  """The encoder a config names."""
-  return HashTextEncoder(config)

@@ -1,0 +1,1 @@
+"""Frozen text encoders: captions to features, on the host."""
