@@ -42,7 +42,11 @@ def test_every_promised_command_exists():
   found = {' '.join(words) for words in commands(cli.make_parser())}
   assert found >= {
     'quickstart',
+    'convert umt5',
+    'convert wan-dit',
+    'convert wan-vae',
     'data build',
+    'data encode',
     'data inspect',
     'data stats',
     'data verify',

@@ -9,9 +9,9 @@ import logging
 import os
 import sys
 
-from wallwm_jax.commands import bench, data, evaluate, export, quickstart, rollout, train
+from wallwm_jax.commands import bench, convert, data, evaluate, export, quickstart, rollout, train
 
-VERBS = (quickstart, data, train, evaluate, rollout, export, bench)
+VERBS = (quickstart, data, convert, train, evaluate, rollout, export, bench)
 TAKES_OVERRIDES = 'overrides'  # set by verbs that accept --config.section.field=value
 
 
