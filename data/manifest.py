@@ -9,7 +9,9 @@ import pathlib
 
 from wallwm_jax.types import CorruptStoreError, DataError
 
-FORMAT, VERSION = 'wallwm-event-store', 1
+EVENT_STORE, LATENT_STORE = 'wallwm-event-store', 'wallwm-latent-store'
+VERSION = 1
+_MADE_BY = {EVENT_STORE: 'wallwm data build', LATENT_STORE: 'wallwm data encode'}
 
 
 def describe(root: pathlib.Path, name: str, count: int) -> dict:
@@ -34,9 +36,9 @@ def _digest(manifest: dict) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(root: pathlib.Path, content: dict) -> None:
+def write_manifest(root: pathlib.Path, content: dict, kind: str = EVENT_STORE) -> None:
   """Adds format, version and a digest of the content, and flushes to disk."""
-  manifest = {'format': FORMAT, 'version': VERSION, **content}
+  manifest = {'format': kind, 'version': VERSION, **content}
   manifest['digest'] = _digest(manifest)
   with open(root / 'manifest.json', 'w') as f:
     f.write(json.dumps(manifest, indent=1))
@@ -44,8 +46,8 @@ def write_manifest(root: pathlib.Path, content: dict) -> None:
     os.fsync(f.fileno())
 
 
-def read_manifest(path: pathlib.Path) -> dict:
-  """The manifest of the store at `path`.
+def read_manifest(path: pathlib.Path, kind: str = EVENT_STORE) -> dict:
+  """The manifest of the store of that kind at `path`.
 
   Raises:
     DataError: there is none, it is not ours or its format version is newer than this code.
@@ -53,15 +55,17 @@ def read_manifest(path: pathlib.Path) -> dict:
   """
   file = path / 'manifest.json'
   if not file.is_file():
+    name = kind.removeprefix('wallwm-').replace('-', ' ')
     raise DataError(
-      f'no event store at {path}: {file.name} not found. Build one with `wallwm data build`.'
+      f'no {name} at {path}: {file.name} not found. Make one with `{_MADE_BY[kind]}`.'
     )
   try:
     manifest = json.loads(file.read_text())
   except ValueError as error:
     raise CorruptStoreError(f'{file}: not valid JSON ({error}).') from None
-  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
-    raise DataError(f'{file}: expected format {FORMAT!r}. This is not an event store.')
+  if not isinstance(manifest, dict) or manifest.get('format') != kind:
+    got = manifest.get('format') if isinstance(manifest, dict) else None
+    raise DataError(f'{file}: expected format {kind!r}, got {got!r}.')
   if not isinstance(manifest.get('version'), int) or manifest['version'] > VERSION:
     raise DataError(
       f'{file}: format version {manifest.get("version")}, this code reads up to {VERSION}. '

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import jax
@@ -14,13 +14,13 @@ import numpy as np
 from absl import flags
 
 from wallwm_jax.config import ExperimentConfig, nearest
+from wallwm_jax.data.captions import CaptionTable, EncodeText
+from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.sampler import EventPlan, assign_buckets
 from wallwm_jax.data.schema import LEVELS
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import Draw, WindowReader, pick_caption
-from wallwm_jax.types import CheckpointError, ConfigError, EventBatch, NormStats, Text
-
-EncodeText = Callable[[list[str]], Text]
+from wallwm_jax.types import CheckpointError, ConfigError, EventBatch, NormStats
 
 _ENDLESS = 2**60  # elements of the training stream
 
@@ -156,11 +156,10 @@ def make_reader(
     for i in range(len(store.events))
   ]
   distinct, row = np.unique(np.array(captions, dtype=object), return_inverse=True)
-  text = encode_text(distinct.tolist())
+  table = CaptionTable(encode_text, distinct.tolist())
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
-  return WindowReader(
-    store, config, norm, Text(np.asarray(text.features), np.asarray(text.mask)), row
-  )
+  latents = LatentStore(config.data.latents) if config.data.latents else None
+  return WindowReader(store, config, norm, table, row, latents)
 
 
 def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
@@ -215,7 +214,7 @@ def _fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
   data = {
     k: v
     for k, v in dataclasses.asdict(config.data).items()
-    if k not in ('store', 'workers', 'threads')
+    if k not in ('store', 'latents', 'workers', 'threads')
   }
   shape = [
     config.model.views,

@@ -56,7 +56,7 @@ def num_blocks(num_frames: int) -> int:
 
 def encode_header(record: EpisodeRecord, row: int) -> bytes:
   """The header record: everything but the pixels."""
-  return _seal(
+  return seal(
     row,
     HEADER,
     {
@@ -83,7 +83,7 @@ def encode_header(record: EpisodeRecord, row: int) -> bytes:
 
 def decode_header(raw: bytes, row: int) -> EpisodeInfo:
   """Inverse of `encode_header`; raises CorruptStoreError."""
-  x = _unseal(raw, row, HEADER)
+  x = unseal(raw, row, HEADER)
   return EpisodeInfo(
     x['episode_id'],
     x['source'],
@@ -103,7 +103,7 @@ def decode_header(raw: bytes, row: int) -> EpisodeInfo:
 def encode_block(record: EpisodeRecord, row: int, block: int) -> bytes:
   """The record of frames 16 * block .. 16 * block + 15 of every view."""
   part = slice(block * BLOCK_FRAMES, (block + 1) * BLOCK_FRAMES)
-  return _seal(
+  return seal(
     row,
     block,
     {
@@ -117,7 +117,7 @@ def decode_block(
   raw: bytes, row: int, block: int, info: EpisodeInfo, views
 ) -> dict[str, np.ndarray]:
   """{view: uint8 [<= 16, H, W, 3]} for the asked views only; raises CorruptStoreError."""
-  compressed = _unseal(raw, row, block)
+  compressed = unseal(raw, row, block)
   count = min(BLOCK_FRAMES, info.num_frames - block * BLOCK_FRAMES)
   result = {}
   for view in views:
@@ -130,12 +130,14 @@ def decode_block(
   return result
 
 
-def _seal(row: int, block: int, payload: dict[str, Any]) -> bytes:
+def seal(row: int, block: int, payload: dict[str, Any]) -> bytes:
+  """A record: its address, a checksum, and msgpack of a payload that may hold arrays."""
   body = msgpack.packb(payload, default=_pack_array)
   return _FRAME.pack(_MAGIC, 1, row, block, google_crc32c.value(body)) + body
 
 
-def _unseal(raw: bytes, row: int, block: int) -> dict[str, Any]:
+def unseal(raw: bytes, row: int, block: int) -> dict[str, Any]:
+  """Inverse of `seal`; raises CorruptStoreError."""
   if len(raw) < _FRAME.size:
     raise CorruptStoreError(f'expected at least {_FRAME.size} bytes, got {len(raw)}')
   magic, version, got_row, got_block, crc = _FRAME.unpack_from(raw)

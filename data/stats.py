@@ -40,14 +40,15 @@ def compute(
     store, config: windows are cut as in training; config.data.normalisation chooses mean and
       standard deviation or the centre and half-width of the 1 %..99 % range (latents always use
       the former).
-    encode_video: the codec; None leaves latents unscaled (mean 0, scale 1).
+    encode_video: the codec; None leaves latents unscaled (mean 0, scale 1). A codec of published
+      statistics needs none.
     max_windows: windows read for actions and state; max_videos: windows encoded for latents.
 
   Returns:
     NormStats of float32 NumPy arrays; identity for actions and state where no episode has any.
   """
-  blank = _identity(config)
-  reader = make_reader(config, store, blank, _no_text)
+  blank = identity(config)
+  reader = make_reader(config, store, blank, no_text)
   draws = _sample(store, config, max_windows)
   states, actions = [], []
   for draw in draws:
@@ -62,7 +63,10 @@ def compute(
       np.concatenate(actions), kind, spec
     )
     result['state_mean'], result['state_scale'] = _robot_moments(np.stack(states), kind, spec)
-  if encode_video is not None:
+  published = config.model.codec.published_stats()
+  if published is not None:
+    result['latent_mean'], result['latent_scale'] = published
+  elif encode_video is not None:
     picked = [
       draws[i]
       for i in np.unique(np.linspace(0, len(draws) - 1, min(max_videos, len(draws))).astype(int))
@@ -122,12 +126,14 @@ def check_match(expected: NormStats, got: NormStats) -> None:
       )
 
 
-def _identity(config: ExperimentConfig) -> NormStats:
+def identity(config: ExperimentConfig) -> NormStats:
+  """Statistics that change nothing."""
   a, c = config.model.action_spec.dim, config.model.codec.channels
   return NormStats(*(np.full(n, value, np.float32) for n in (a, a, c) for value in (0, 1)))
 
 
-def _no_text(captions: list[str]) -> Text:
+def no_text(captions: list[str]) -> Text:
+  """Text features for readers whose captions nobody looks at."""
   return Text(np.zeros((len(captions), 1, 1), np.float32), np.zeros((len(captions), 1), bool))
 
 
@@ -167,8 +173,8 @@ def _latent_moments(
   [C] float64."""
   count, total, squares = 0, 0.0, 0.0
   for draw in draws:
-    frames, view_mask, _, _ = reader.pixels(draw)
-    latents = np.asarray(encode_video(frames[None]), np.float64)[0]
+    latents = np.asarray(encode_video(reader.frames(draw)[None]), np.float64)[0]
+    view_mask, _, _ = reader.cameras(draw)
     real = 1 + (reader.window(draw).num_frames - 1) // config.model.steps_per_latent
     x = latents[view_mask, :real].reshape(-1, latents.shape[-1])
     count, total, squares = count + len(x), total + x.sum(0), squares + (x**2).sum(0)

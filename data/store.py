@@ -25,17 +25,16 @@ import uuid
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from wallwm_jax.data import manifest, records
 from wallwm_jax.data.records import BLOCK_FRAMES, EpisodeInfo
 from wallwm_jax.data.schema import LEVELS, EpisodeRecord, Quarantined, validate
+from wallwm_jax.data.shards import ShardReader, ShardWriter
 from wallwm_jax.types import CorruptStoreError, DataError
 
 EPISODES, EVENTS, QUARANTINE = 'index/episodes.parquet', 'index/events.parquet', 'quarantine.jsonl'
 SPLITS = ('train', 'heldout')
 
-_WRITER_OPTIONS = 'group_size:1,uncompressed'
 _EPISODE_SCHEMA = pa.schema(
   [
     ('episode_id', pa.string()),
@@ -95,14 +94,12 @@ class EpisodeStoreWriter:
     self._dir = self._out.parent / f'.{self._out.name}.building-{uuid.uuid4().hex}'
     (self._dir / 'shards').mkdir(parents=True)
     (self._dir / 'index').mkdir()
-    self._heldout, self._shard_bytes = heldout, shard_bytes
+    self._heldout = heldout
+    self._shards = ShardWriter(self._dir, 'episodes', shard_bytes)
     self._episodes: list[dict] = []
     self._events: list[dict] = []
     self._quarantined: list[Quarantined] = []
     self._ids: set[str] = set()
-    self._shards: list[dict] = []
-    self._shard: ArrayRecordWriter | None = None
-    self._shard_size = self._shard_records = 0
 
   def __enter__(self) -> EpisodeStoreWriter:
     return self
@@ -120,15 +117,14 @@ class EpisodeStoreWriter:
     validate(record)
     if record.episode_id in self._ids:
       raise DataError(f'episode {record.episode_id!r}: duplicate id.')
-    row, shard = len(self._episodes), len(self._shards)
-    first = self._append(records.encode_header(record, row))
+    row = len(self._episodes)
+    shard, first = self._shards.append(records.encode_header(record, row))
     for block in range(records.num_blocks(record.num_frames)):
-      self._append(records.encode_block(record, row, block))
+      self._shards.append(records.encode_block(record, row, block))
     self._ids.add(record.episode_id)
     self._episodes.append(_episode_row(record) | {'shard': shard, 'record': first})
     self._events.extend(_event_row(record, event) | {'episode': row} for event in record.events)
-    if self._shard_size >= self._shard_bytes:
-      self._close_shard()
+    self._shards.roll()
 
   def quarantine(self, entry: Quarantined) -> None:
     """Notes an episode that was read but may not be stored."""
@@ -144,32 +140,8 @@ class EpisodeStoreWriter:
       'frames': sum(e['frames'] for e in self._episodes),
     }
 
-  def _append(self, raw: bytes) -> int:
-    if self._shard is None:
-      self._shard = ArrayRecordWriter(
-        str(self._dir / _shard_name(len(self._shards))), _WRITER_OPTIONS
-      )
-      self._shard_size = self._shard_records = 0
-    self._shard.write(raw)
-    self._shard_size += len(raw)
-    self._shard_records += 1
-    return self._shard_records - 1
-
-  def _close_shard(self) -> None:
-    if self._shard is None:
-      return
-    self._shard.close()
-    name = _shard_name(len(self._shards))
-    found = _open_shard(self._dir / name).num_records()
-    if found != self._shard_records:  # a full disk does not always raise
-      raise OSError(
-        f'shard {name}: wrote {self._shard_records} records, {found} can be read back. Disk full?'
-      )
-    self._shards.append(manifest.describe(self._dir, name, found))
-    self._shard = None
-
   def _finish(self) -> None:
-    self._close_shard()
+    self._shards.close()
     splits = _split([e['episode_id'] for e in self._episodes], self._heldout)
     for episode, split in zip(self._episodes, splits, strict=True):
       episode['split'] = split
@@ -186,7 +158,7 @@ class EpisodeStoreWriter:
       {
         'block_frames': BLOCK_FRAMES,
         'counts': self.counts(),
-        'shards': self._shards,
+        'shards': self._shards.entries,
         'files': files,
       },
     )
@@ -215,10 +187,8 @@ class EventStore:
     self._records = self.column('record', 'episodes')
     self._shard_of = self.column('shard', 'episodes')
     self._lock = threading.Lock()
-    self._readers: dict[int, ArrayRecordReader] = {}
+    self._shards = ShardReader(self.path, self.manifest['shards'])
     self._infos: collections.OrderedDict[int, EpisodeInfo] = collections.OrderedDict()
-    for shard in range(len(self.manifest['shards'])):
-      self._reader(shard)
     self._check_counts()
 
   def __getstate__(self):
@@ -302,36 +272,12 @@ class EventStore:
     if counts['read'] != counts['episodes'] + counts['quarantined']:
       raise CorruptStoreError(f'store {self.path}: read != episodes + quarantined in {counts}.')
 
-  def _reader(self, shard: int) -> ArrayRecordReader:
-    with self._lock:
-      if shard not in self._readers:
-        entry = self.manifest['shards'][shard]
-        try:
-          reader = _open_shard(self.path / entry['path'])
-          found = reader.num_records()
-        except (RuntimeError, ValueError, OSError) as error:
-          raise CorruptStoreError(
-            f'shard {self.path / entry["path"]}: cannot be opened: {error}'
-          ) from None
-        if found != entry['records']:
-          raise CorruptStoreError(
-            f'shard {self.path / entry["path"]}: expected {entry["records"]} records, '
-            f'found {found}. Copy the shard again or rebuild the store.'
-          )
-        self._readers[shard] = reader
-      return self._readers[shard]
-
   def _read(self, episode: int, blocks: list[int]) -> list[bytes]:
     shard = int(self._shard_of[episode])
     first = int(self._records[episode]) + 1  # block -1, the header, sits at `record`
-    reader = self._reader(shard)
     try:
-      # One by one: reading several at once goes through a thread pool, twice the cost for records
-      # of this size.
-      return [reader.read([first + block])[0] for block in blocks]
-    except (RuntimeError, ValueError, IndexError) as error:
-      with self._lock:
-        self._readers.pop(shard, None)  # a reader that failed once fails for good records too
+      return self._shards.read(shard, [first + block for block in blocks])
+    except CorruptStoreError as error:
       raise self._corrupt(episode, blocks, str(error)) from None
 
   def _decode(self, episode: int, block: int, decode, *args):
@@ -341,23 +287,12 @@ class EventStore:
       raise self._corrupt(episode, [block], str(error)) from None
 
   def _corrupt(self, episode: int, blocks: list[int], reason: str) -> CorruptStoreError:
-    shard = self.path / self.manifest['shards'][int(self._shard_of[episode])]['path']
+    shard = self._shards.path(int(self._shard_of[episode]))
     numbers = [int(self._records[episode]) + 1 + block for block in blocks]
     return CorruptStoreError(
       f'shard {shard}, record {numbers} (episode {episode}): {reason}. '
       'Copy the shard again or rebuild the store.'
     )
-
-
-def _shard_name(index: int) -> str:
-  return f'shards/episodes-{index:05d}.array_record'
-
-
-def _open_shard(path: pathlib.Path) -> ArrayRecordReader:
-  # No read-ahead: access is random (the default costs 4-5x on warm records of this size).
-  return ArrayRecordReader(
-    str(path), options='readahead_buffer_size:0', file_reader_buffer_size=32768
-  )
 
 
 def _episode_row(record: EpisodeRecord) -> dict:

@@ -16,10 +16,12 @@ import numpy as np
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import images
+from wallwm_jax.data.captions import CaptionTable
+from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.geometry.poses import relative_pose
-from wallwm_jax.types import Cameras, EventBatch, NormStats, Text
+from wallwm_jax.types import Cameras, EventBatch, NormStats
 
 EVENT_CAPTION_ORDER = ('L1', 'L0', 'L2', 'L3', 'human')  # the most specific level that is there
 CHUNK_CAPTION_ORDER = ('L3',)
@@ -83,8 +85,8 @@ class WindowReader:
     store: where the pixels are; config: model.views, model.image_size, data.window, data.stride
       are used.
     norm: statistics that actions and state are normalised with.
-    text: features of the distinct captions, [U, X, E]; text_row: int [events], caption of each
-      event.
+    captions: features of the distinct captions; caption_of: int [events], caption of each event.
+    latents: precomputed ones that take the place of frames; None = none.
   """
 
   def __init__(
@@ -92,21 +94,28 @@ class WindowReader:
     store: EventStore,
     config: ExperimentConfig,
     norm: NormStats,
-    text: Text,
-    text_row: np.ndarray,
+    captions: CaptionTable,
+    caption_of: np.ndarray,
+    latents: LatentStore | None = None,
   ):
+    self._latents = latents
     self._store, self._config, self._norm = store, config, norm
-    self._text, self._text_row = text, text_row
+    self._captions, self._caption_of = captions, caption_of
     self._episode, self._start, self._end, self._uid = (
       store.column(name) for name in ('episode', 'start', 'end', 'uid')
     )
 
   def __call__(self, draw: Draw) -> EventBatch:
     """One EventBatch element (no batch axis)."""
-    norm, row = self._norm, self._text_row[draw.event]
+    norm = self._norm
     window = self.window(draw)
     state, actions, mask = self.robot(draw)
-    frames, view_mask, pixel_mask, cameras = self.pixels(draw)
+    frames, latents = None, None
+    if self._latents is None:
+      frames = self.frames(draw)
+    else:
+      latents = self._padded_latents(draw)
+    view_mask, pixel_mask, cameras = self.cameras(draw)
     scaled = (actions - norm.action_mean) / norm.action_scale
     return EventBatch(
       frames=frames,
@@ -115,11 +124,12 @@ class WindowReader:
       state=((state - norm.state_mean) / norm.state_scale).astype(np.float32),
       actions=np.where(mask, scaled, 0).astype(np.float32),
       action_mask=mask,
-      text=Text(self._text.features[row], self._text.mask[row]),
+      text=self._captions[self._caption_of[draw.event]],
       view_mask=view_mask,
       pixel_mask=pixel_mask,
       cameras=cameras,
       uid=self._window_uid(draw),
+      latents=latents,
     )
 
   def window(self, draw: Draw) -> Window:
@@ -163,25 +173,36 @@ class WindowReader:
     actions = relative_pose(state[None], info.actions[window.targets])
     return state, np.where(mask, actions, 0).astype(np.float32), mask.copy()
 
-  def pixels(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, Cameras]:
-    """frames uint8 [V, T, H, W, 3], view_mask [V], pixel_mask [V, H, W], cameras at the anchor
-    frame."""
+  def frames(self, draw: Draw) -> np.ndarray:
+    """uint8 [V, T, H, W, 3], zeros where a camera is absent."""
     info, window = self._info(draw), self.window(draw)
     names, size = self._config.model.views, self._config.model.image_size
     present = [name for name in names if name in info.views]
     raw = self._store.frames(int(self._episode[draw.event]), window.frames, present)
-    frames = np.empty((len(names), len(window.frames), *size, 3), np.uint8)
-    pixel_mask = np.zeros((len(names), *size), bool)
-    view_mask = np.array([name in present for name in names])
+    frames = np.zeros((len(names), len(window.frames), *size, 3), np.uint8)
     for v, name in enumerate(names):
-      if not view_mask[v]:
-        frames[v] = 0
-        continue
-      frames[v] = images.letterbox(raw[name], size)
-      pixel_mask[v] = images.letterbox_mask(info.sizes[name], size, info.pixel_mask.get(name))
-    return frames, view_mask, pixel_mask, self._cameras(info, draw.anchor)
+      if name in raw:
+        frames[v] = images.letterbox(raw[name], size)
+    return frames
 
-  def _cameras(self, info: EpisodeInfo, anchor: int) -> Cameras:
+  def cameras(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, Cameras]:
+    """view_mask [V], pixel_mask [V, H, W], calibration at the anchor frame."""
+    info = self._info(draw)
+    names, size = self._config.model.views, self._config.model.image_size
+    view_mask = np.array([name in info.views for name in names])
+    pixel_mask = np.zeros((len(names), *size), bool)
+    for v in np.flatnonzero(view_mask):
+      own = info.pixel_mask.get(names[v])
+      pixel_mask[v] = images.letterbox_mask(info.sizes[names[v]], size, own)
+    return view_mask, pixel_mask, self._calibration(info, draw.anchor)
+
+  def _padded_latents(self, draw: Draw) -> np.ndarray:
+    """float32 [V, 1 + N, h, w, C], zeros beyond the real latent frames."""
+    real = 1 + (self.window(draw).num_frames - 1) // self._config.model.steps_per_latent
+    stored = self._latents.latents(draw.event)[:, :real]
+    return np.pad(stored, [(0, 0), (0, 1 + draw.bucket - real)] + [(0, 0)] * 3)
+
+  def _calibration(self, info: EpisodeInfo, anchor: int) -> Cameras:
     names, size = self._config.model.views, self._config.model.image_size
     intrinsics = np.tile(np.eye(3, dtype=np.float32), (len(names), 1, 1))
     extrinsics = np.tile(np.eye(4, dtype=np.float32), (len(names), 1, 1))

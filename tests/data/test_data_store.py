@@ -15,6 +15,7 @@ from episode_factory import make_episode, make_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wallwm_jax.data import shards
 from wallwm_jax.data import store as store_lib
 from wallwm_jax.data.build import build_store
 from wallwm_jax.data.schema import Quarantined
@@ -194,7 +195,7 @@ def test_records_out_of_place_are_found(copied):
   reader = ArrayRecordReader(str(shard))
   raw = [reader.read([i])[0] for i in range(reader.num_records())]
   raw[1], raw[4] = raw[4], raw[1]  # block 0 of episodes 0 and 1
-  writer = ArrayRecordWriter(str(shard), store_lib._WRITER_OPTIONS)
+  writer = ArrayRecordWriter(str(shard), shards._WRITER_OPTIONS)
   for record in raw:
     writer.write(record)
   writer.close()
@@ -302,7 +303,7 @@ def test_full_disk_is_not_taken_for_a_bad_episode(tmp_path, monkeypatch):
     def num_records(self):
       return 1
 
-  monkeypatch.setattr(store_lib, '_open_shard', lambda path: Short())
+  monkeypatch.setattr(shards, 'open_shard', lambda path: Short())
   with pytest.raises(OSError, match='wrote 3 records, 1 can be read back'):
     build_store([make_episode(0)], tmp_path / 's', progress=False)
   assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""`wallwm data build|inspect|stats|verify`: raw episodes to an event store, and looks into it."""
+"""`wallwm data build|encode|inspect|stats|verify`: raw episodes to an event store, and looks into
+it.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +55,29 @@ def add_parser(verbs) -> None:
   stats_.add_argument('store', help='folder of the store')
   stats_.add_argument('--config', required=True, help='experiment whose windows are measured')
   stats_.add_argument('--out', help='JSON file to write (default: print only)')
+  _add_encode(actions)
+
+
+def _add_encode(actions) -> None:
+  example = (
+    'wallwm data encode runs/bridge/store --config experiments/bridge_sample.py '
+    '--codec wan2_2 --weights runs/weights/vae --out runs/bridge/latents'
+  )
+  parser = common.add_verb(
+    actions,
+    'encode',
+    'codec latents of every event, for training without the codec',
+    example,
+    run=encode,
+    overrides=[],
+  )
+  parser.add_argument('store', help='folder of the event store')
+  parser.add_argument('--config', required=True, help='experiment whose windows are encoded')
+  parser.add_argument('--codec', help="dct, wan2_1 or wan2_2 (the config's)")
+  parser.add_argument('--weights', help="folder of the converted VAE (the config's)")
+  parser.add_argument('--out', required=True, help='new folder for the latents')
+  parser.add_argument('--batch', type=int, default=4, help='events encoded at once (4)')
+  parser.add_argument('--dtype', default='float16', choices=('float16', 'float32'))
 
 
 def _rlds(args):
@@ -108,28 +133,69 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
+  from wallwm_jax.data.latents import LatentStore, holds_latents
   from wallwm_jax.data.store import EventStore
 
-  store = EventStore(args.store)
+  store = (LatentStore if holds_latents(args.store) else EventStore)(args.store)
   store.verify()
   print(f'{store.path}: complete and unchanged, digest {store.digest}')
 
 
 def stats(args: argparse.Namespace) -> None:
-  import functools
-
-  import jax
-  import numpy as np
-
   from wallwm_jax.data import stats as statistics
   from wallwm_jax.data.store import EventStore
-  from wallwm_jax.models import functional
+  from wallwm_jax.training.pretrained import latent_encoder
 
   config = settings.load_experiment(args.config, args.overrides)
-  encode = jax.jit(functools.partial(functional.encode_video, config.model))
-  norm = statistics.compute(
-    EventStore(args.store), config, lambda frames: np.asarray(encode(frames))
-  )
+  norm = statistics.compute(EventStore(args.store), config, latent_encoder(config.model))
   if args.out:
     statistics.save(norm, args.out)
   common.print_json({'hash': statistics.stats_hash(norm)} | vars(norm))
+
+
+def encode(args: argparse.Namespace) -> None:
+  import functools
+
+  import jax
+
+  from wallwm_jax.data.encode import encode_store
+  from wallwm_jax.data.store import EventStore
+  from wallwm_jax.models import functional
+  from wallwm_jax.training.pretrained import codec_digest, load_codec
+
+  config = _with_codec(settings.load_experiment(args.config, args.overrides), args)
+  codec = load_codec(config.model)
+  run_codec = jax.jit(functools.partial(functional.encode_video, config.model))
+  with common.progress_on_stderr():
+    report = encode_store(
+      config,
+      EventStore(args.store),
+      lambda frames: run_codec(frames, codec),
+      args.out,
+      codec_digest=codec_digest(config.model),
+      batch_size=args.batch,
+      dtype=args.dtype,
+    )
+  common.print_json({'out': args.out} | report)
+
+
+def _with_codec(config, args: argparse.Namespace):
+  """The config with the codec that --codec and --weights name; it codes event windows."""
+  import dataclasses
+
+  from wallwm_jax import presets
+  from wallwm_jax.config import nearest
+  from wallwm_jax.types import ConfigError
+
+  codec = config.model.codec
+  if args.codec:
+    if args.codec not in presets.CODECS:
+      raise ConfigError(f'--codec {args.codec!r}: unknown.{nearest(args.codec, presets.CODECS)}')
+    codec = dataclasses.replace(presets.CODECS[args.codec], weights=codec.weights)
+  if args.weights:
+    codec = dataclasses.replace(codec, weights=args.weights)
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, codec=codec),
+    data=dataclasses.replace(config.data, window='event', latents=''),
+  )
