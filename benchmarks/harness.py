@@ -17,7 +17,7 @@ from wallwm_jax.evaluation.base import environment
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.state import abstract_state, build_optimizer, init_state
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import NormStats
+from wallwm_jax.types import Frozen, NormStats
 
 
 def time_side_by_side(
@@ -52,13 +52,13 @@ def train_step(config: ExperimentConfig, bucket: int | None = None) -> Callable[
   abstract = abstract_state(config, optimizer, mesh)
   step = make_train_step(config, mesh, optimizer, abstract)
   a, c = config.model.action_spec.dim, config.model.codec.channels
-  norm = NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones)))
+  frozen = Frozen(NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones))))
   batch = jax.device_put(config.fake_batch(bucket))
   state = init_state(config, optimizer, abstract)
 
   def call():
     nonlocal state
-    state, metrics = step(state, batch, norm)
+    state, metrics = step(state, batch, frozen)
     return metrics
 
   return call

@@ -16,7 +16,7 @@ import numpy as np
 from wallwm_jax import presets
 from wallwm_jax.data import pipeline, stats
 from wallwm_jax.data.store import EventStore
-from wallwm_jax.models.text_encoder import make_text_encoder
+from wallwm_jax.text.factory import make_text_encoder
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from wallwm_jax.parallel import aot, hlo, rules
 from wallwm_jax.parallel.mesh import MESH_AXES, make_mesh
 from wallwm_jax.training.state import abstract_state, build_optimizer, param_shapes
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import NormStats, path_string
+from wallwm_jax.types import Frozen, NormStats, path_string
 
 # Wan2.2-TI2V-5B without cross-view layers: 8 matrices of 3072 x 3072, 2 of 3072 x 14336 per layer
 TOWER = VideoConfig(width=3072, layers=30, heads=24, ffn=14336, cross_view=False)
@@ -203,8 +203,8 @@ def compare_train_steps(case: Case, path: str | None) -> None:
     abstract = abstract_state(config, optimizer, case.mesh)
     step = make_train_step(config, case.mesh, optimizer, abstract)
     sides = (config.model.action_spec.dim,) * 4 + (config.model.codec.channels,) * 2
-    norm = NormStats(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in sides))
-    lowered = step.lower(abstract, config.inputs_spec(), norm)
+    frozen = Frozen(NormStats(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in sides)))
+    lowered = step.lower(abstract, config.inputs_spec(), frozen)
     compiled = aot.compile_for_tpu(lowered, exec_time_optimization_effort=-1.0)
     memory = compiled.memory_analysis()
     wire = hlo.cost(compiled.as_text(), chip, lambda op: 0.0).wire_bytes()

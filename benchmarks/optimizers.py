@@ -32,13 +32,13 @@ from wallwm_jax.commands.settings import load_experiment
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import pipeline
 from wallwm_jax.data.store import EventStore
-from wallwm_jax.models.text_encoder import make_text_encoder
 from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.training import loop, metrics
 from wallwm_jax.training.checkpoints import Checkpoints, load_inference
 from wallwm_jax.training.stages import stage_loss
 from wallwm_jax.training.state import abstract_state, build_optimizer
-from wallwm_jax.types import NormStats
+from wallwm_jax.types import Frozen, NormStats
 
 OPTIMIZERS = ('adamw', 'muon')
 CACHE = 'jax_cache'  # folder of compiled steps in OUT
@@ -184,7 +184,9 @@ class Study:
   def _loss(self):
     """(params, norm, batch, key) -> loss of the recipe's stage."""
     return jax.jit(
-      lambda params, norm, batch, key: stage_loss(params, batch, norm, key, config=self.base)[0]
+      lambda params, norm, batch, key: stage_loss(
+        params, batch, Frozen(norm), key, config=self.base
+      )[0]
     )
 
 

@@ -7,7 +7,7 @@ from wallwm_jax.commands import settings
 from wallwm_jax.data.schema import EpisodeRecord, EventSpan
 from wallwm_jax.data.store import EpisodeStoreWriter, EventStore
 from wallwm_jax.models import functional
-from wallwm_jax.types import InferenceParams, NormStats
+from wallwm_jax.types import Frozen, InferenceParams, NormStats
 
 EXPERIMENT = """
 from wallwm_jax import config as c
@@ -78,4 +78,4 @@ def params(config) -> InferenceParams:
 
   widths = (10, 10, config.model.codec.channels)
   norm = NormStats(*(np.full(n, value, np.float32) for n in widths for value in (0, 2)))
-  return InferenceParams(functional.init_params(config.model, jax.random.key(0)), norm)
+  return InferenceParams(functional.init_params(config.model, jax.random.key(0)), Frozen(norm))

@@ -14,7 +14,7 @@ from wallwm_jax import config as configs
 from wallwm_jax.inference import unified
 from wallwm_jax.inference.rollout import CaptionTable
 from wallwm_jax.models import functional
-from wallwm_jax.types import InferenceParams, NormStats, Observation, Text
+from wallwm_jax.types import Frozen, InferenceParams, NormStats, Observation, Text
 
 VIEWS, SIZE, BATCH = 2, 16, 2
 
@@ -41,7 +41,7 @@ def make_params():
                          jax.eval_shape(fresh, jax.random.key(0)))
     a, c = cfg.model.action_spec.dim, cfg.model.codec.channels
     norm = NormStats(*(rng.uniform(0.5, 1.5, n).astype(np.float32) for n in (a, a, a, a, c, c)))
-    return InferenceParams(model, norm)
+    return InferenceParams(model, Frozen(norm))
 
   return make
 

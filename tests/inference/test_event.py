@@ -54,7 +54,7 @@ def test_shapes_and_masks(cfg, params, make_inputs):
   assert out.latents.shape == (2, 2, 4, 2, 2, 12)
   np.testing.assert_array_equal(out.chunk.mask.sum(1), [8, 12])
   np.testing.assert_array_equal(out.mask, [[1, 1, 1, 0], [1, 1, 1, 1]])
-  given = functional.encode_video(cfg.model, obs.frames)
+  given = functional.encode_video(cfg.model, obs.frames, {})
   np.testing.assert_allclose(out.latents[:, :, :1], given, atol=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_video_starts_at_the_observation(cfg, params, make_inputs):
   predict = jax.jit(functools.partial(predict_video, cfg=cfg, bucket=2, steps=2))
   video = predict(params, obs, text, KEY)
   assert video.shape == (2, 2, 9, 16, 16, 3) and video.min() >= 0 and video.max() <= 1
-  shown = functional.decode_video(cfg.model, functional.encode_video(cfg.model, obs.frames))
+  shown = functional.decode_video(cfg.model, functional.encode_video(cfg.model, obs.frames, {}), {})
   np.testing.assert_allclose(video[:, :, :1], shown, atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def test_channel_conditioning(cfg, make_params, make_inputs):
   params = make_params(cfg)
   obs, text = make_inputs()
   a, b = (run(params, x, text, cfg=cfg, bucket=1) for x in (obs, make_inputs(seed=5)[0]))
-  given = functional.encode_video(cfg.model, obs.frames)
+  given = functional.encode_video(cfg.model, obs.frames, {})
   np.testing.assert_allclose(a.latents[:, :, :1], given, atol=1e-4)
   assert np.abs(a.latents[:, :, 1:] - b.latents[:, :, 1:]).max() > 1e-2
 
@@ -212,4 +212,5 @@ def test_bucket_outside_the_tables_is_refused(cfg, params, make_inputs, bucket):
 def test_statistics_of_another_robot_are_refused(cfg, params, make_inputs):
   norm = dataclasses.replace(params.norm, action_mean=jnp.zeros((20,)))
   with pytest.raises(StatsMismatchError, match='norm.action_mean: expected shape'):
-    predict_event(dataclasses.replace(params, norm=norm), *make_inputs(), KEY, cfg=cfg, bucket=1)
+    other = dataclasses.replace(params, frozen=dataclasses.replace(params.frozen, norm=norm))
+    predict_event(other, *make_inputs(), KEY, cfg=cfg, bucket=1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from wallwm_jax import config as c
 from wallwm_jax.data.schema import Calibration, EpisodeRecord, EventSpan
 from wallwm_jax.data.store import EpisodeStoreWriter
-from wallwm_jax.types import NormStats
+from wallwm_jax.types import Frozen, NormStats
 
 VIEWS = ('front', 'side')
 SIZE = (16, 32)
@@ -54,6 +53,11 @@ def unit_norm(config) -> NormStats:
   """Statistics that change nothing."""
   a, channels = config.model.action_spec.dim, config.model.codec.channels
   return NormStats(*(np.full(n, value, np.float32) for n in (a, a, channels) for value in (0, 1)))
+
+
+def frozen(config) -> Frozen:
+  """`unit_norm` and a codec without weights."""
+  return Frozen(unit_norm(config))
 
 
 def episode(index: int, frames: int = 24) -> EpisodeRecord:
@@ -101,13 +105,14 @@ def store(tmp_path_factory) -> str:
 
 @pytest.fixture(scope='session')
 def tiny():
-  """This module's helpers, for tests: tiny.config, tiny.override, tiny.norm, tiny.write_store."""
-  module = sys.modules[__name__]
-
+  """This module's helpers, for tests: tiny.config, tiny.override, tiny.norm, tiny.frozen,
+  tiny.write_store.
+  """
   class Tiny:
-    config = staticmethod(module.tiny_config)
-    override = staticmethod(module.override)
-    norm = staticmethod(module.unit_norm)
-    write_store = staticmethod(module.write_store)
+    config = staticmethod(tiny_config)
+    override = staticmethod(override)
+    norm = staticmethod(unit_norm)
+    frozen = staticmethod(frozen)
+    write_store = staticmethod(write_store)
 
   return Tiny

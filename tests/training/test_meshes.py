@@ -31,7 +31,7 @@ class Run:
     self.mesh = make_mesh(mesh)
     self.optimizer = build_optimizer(self.config, self.mesh)
     self.abstract = abstract_state(self.config, self.optimizer, self.mesh)
-    self.norm = tiny.norm(config)
+    self.frozen = tiny.frozen(config)
 
   def init(self):
     return init_state(self.config, self.optimizer, self.abstract)
@@ -39,17 +39,17 @@ class Run:
   def losses(self, start) -> np.ndarray:
     """[STEPS, 2] loss and gradient norm from host state `start`, a new batch each step."""
     state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
-    norm = jax.device_put(self.norm, NamedSharding(self.mesh, PartitionSpec()))
+    frozen = jax.device_put(self.frozen, NamedSharding(self.mesh, PartitionSpec()))
     shardings = rules.batch_shardings(self.config.inputs_spec(), self.mesh, self.config.mesh.rules)
     step = make_train_step(self.config, self.mesh, self.optimizer, self.abstract)
     # Machine code quality is not what is tested, and costs half of the time.
-    step = step.lower(self.abstract, self.config.inputs_spec(), norm).compile(
+    step = step.lower(self.abstract, self.config.inputs_spec(), frozen).compile(
       {'xla_backend_optimization_level': 0}
     )
     record = []
     for seed in range(STEPS):
       batch = distributed.put_batch(self.config.fake_batch(seed=seed), shardings)
-      state, metrics = step(state, batch, norm)
+      state, metrics = step(state, batch, frozen)
       record.append([metrics['loss'], metrics['grad_norm']])
     return np.array(record)
 

@@ -60,7 +60,7 @@ def partial_batch(config):
 @pytest.mark.parametrize('window, known', [('event', 1), ('chunk', 2)])
 def test_only_real_future_cells_are_supervised(tiny, window, known):
   config = tiny.config('1', window)
-  clip = stages.encode_clip(partial_batch(config), tiny.norm(config), config)
+  clip = stages.encode_clip(partial_batch(config), tiny.frozen(config), config)
   supervised = np.asarray(clip.supervised)[..., 0]
   assert clip.known.tolist() == [True] * known + [False] * 2
   assert not supervised[:, :, :known].any()
@@ -71,9 +71,9 @@ def test_only_real_future_cells_are_supervised(tiny, window, known):
   assert not supervised[3, ..., 0].any() and supervised[3, :, known:, :, 1:].all()
 
 
-def video_gradient(config, norm, batch, head_scale, monkeypatch):
+def video_gradient(config, frozen, batch, head_scale, monkeypatch):
   """Gradient of the video loss by every latent the codec returned, [B, V, F, h, w, C]."""
-  latents = functional.encode_video(config.model, batch.frames)
+  latents = functional.encode_video(config.model, batch.frames, {})
   params = functional.init_params(config.model, jax.random.key(0))
   key = jax.random.key(1)
 
@@ -82,7 +82,7 @@ def video_gradient(config, norm, batch, head_scale, monkeypatch):
     head = params['video']['head']
     kernel = head_scale * jax.random.normal(key, head['kernel'].shape)
     video = params['video'] | {'head': head | {'kernel': kernel}}
-    return stages.stage_loss({'video': video}, batch, norm, key, config=config)[0]
+    return stages.stage_loss({'video': video}, batch, frozen, key, config=config)[0]
 
   gradient = jax.jit(jax.grad(loss))
   return [np.asarray(gradient(latents, scale)) for scale in head_scale]
@@ -92,10 +92,10 @@ def video_gradient(config, norm, batch, head_scale, monkeypatch):
 def test_gradients_never_reach_padding_absent_views_or_borders(tiny, monkeypatch):
   config = tiny.config('1')
   batch = partial_batch(config)
-  clip = stages.encode_clip(batch, tiny.norm(config), config)
+  clip = stages.encode_clip(batch, tiny.frozen(config), config)
   supervised = np.broadcast_to(clip.supervised, clip.latents.shape)
   # With the head at its zero init a latent acts as a target only, else as an input too.
-  target, both = video_gradient(config, tiny.norm(config), batch, (0.0, 1.0), monkeypatch)
+  target, both = video_gradient(config, tiny.frozen(config), batch, (0.0, 1.0), monkeypatch)
   assert (target[~supervised] == 0).all() and (target[supervised] != 0).any()
   assert (both[1, :, -1] == 0).all(), 'a frame beyond num_frames was attended to'
   assert (both[2, 1] == 0).all(), 'an absent camera was attended to'
@@ -123,7 +123,7 @@ def trace(tiny, config, monkeypatch):
     monkeypatch.setattr(functional, name, spy)
   params = param_shapes(config)
   loss = functools.partial(stages.stage_loss, config=config)
-  jax.eval_shape(loss, params, config.inputs_spec(), tiny.norm(config), jax.random.key(0))
+  jax.eval_shape(loss, params, config.inputs_spec(), tiny.frozen(config), jax.random.key(0))
   return calls
 
 
@@ -153,7 +153,7 @@ def test_captions_are_dropped_at_the_rate_of_the_ramp():
   ramp = (0.1, 0.9, 129, 220)
   lengths = jnp.repeat(jnp.array([20, 129, 174, 220, 400]), 4000)
   text = Text(jnp.ones((len(lengths), 2, 3)), jnp.ones((len(lengths), 2), bool))
-  dropped = ~stages.drop_captions(jax.random.key(0), text, lengths, ramp).mask.any(-1)
+  dropped = ~stages.drop_captions(jax.random.key(0), text, None, lengths, ramp).mask.any(-1)
   rate = dropped.reshape(5, -1).mean(-1)
   middle = float(schedules.caption_drop_rate(174, ramp))
   np.testing.assert_allclose(rate, [0.1, 0.1, middle, 0.9, 0.9], atol=0.025)
@@ -163,7 +163,7 @@ def test_captions_are_dropped_at_the_rate_of_the_ramp():
 def test_tube_cells_are_noise_in_every_frame_it_hides(tiny):
   config = tiny.config('1')
   batch = config.fake_batch()
-  clip = stages.encode_clip(batch, tiny.norm(config), config)
+  clip = stages.encode_clip(batch, tiny.frozen(config), config)
   eps = jax.random.normal(jax.random.key(0), clip.latents.shape)
   cells = np.zeros((8, 2, 1, 2, 4, 1), bool)
   cells[:, 0, :, :, :2] = True
@@ -186,7 +186,7 @@ def test_drawn_tubes_hide_only_what_another_camera_sees(tiny):
   view_mask = np.array(batch.view_mask)
   view_mask[0, 1] = False
   batch = dataclasses.replace(batch, view_mask=view_mask)
-  clip = stages.encode_clip(batch, tiny.norm(config), config)
+  clip = stages.encode_clip(batch, tiny.frozen(config), config)
   sight = jnp.ones((8, 2, 2, 2, 2), bool)
   tube = stages._tube(jax.random.key(0), sight, clip, config)
   per_sample = np.asarray(tube.cells).sum((1, 2, 3, 4, 5))

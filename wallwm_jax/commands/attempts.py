@@ -28,7 +28,7 @@ from wallwm_jax.inference.rollout import (
   event_policy,
 )
 from wallwm_jax.models import functional
-from wallwm_jax.models.text_encoder import make_text_encoder
+from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 32  # attempts that run side by side

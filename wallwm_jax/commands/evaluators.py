@@ -25,7 +25,7 @@ from wallwm_jax.inference.denoiser import Window
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.unified import predict_chunk
 from wallwm_jax.models import functional
-from wallwm_jax.models.text_encoder import make_text_encoder
+from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.types import EventBatch, InferenceParams, NormStats, Observation
 
 VIDEO_STEPS = 4  # Euler steps of a predicted video; few, as PSNR asks for the mean of futures
@@ -88,9 +88,9 @@ class Windows:
 
   @functools.cached_property
   def _config(self) -> ExperimentConfig:
-    """The config with its split set to this one."""
+    """The config with its split set to this one; what is compared are frames."""
     return dataclasses.replace(
-      self.config, data=dataclasses.replace(self.config.data, split=self.split)
+      self.config, data=dataclasses.replace(self.config.data, split=self.split, latents='')
     )
 
   @functools.cached_property
@@ -207,8 +207,9 @@ def evaluate_video(
   predict, anchor = video_predictor(config, params, steps, seed), anchor_frame(config)
 
   @jax.jit
-  def reconstruct(frames):
-    return functional.decode_video(config.model, functional.encode_video(config.model, frames))
+  def reconstruct(codec, frames):
+    latents = functional.encode_video(config.model, frames, codec)
+    return functional.decode_video(config.model, latents, codec)
 
   def pairs():
     for batch in Windows(config, store, params.norm, split, limit).batches():
@@ -219,7 +220,8 @@ def evaluate_video(
         'view_mask': batch.view_mask,
         'pixel_mask': batch.pixel_mask,
       }
-      yield truth, {'model': predict(batch), 'codec': np.asarray(reconstruct(frames))}
+      codec = np.asarray(reconstruct(params.frozen.codec, frames))
+      yield truth, {'model': predict(batch), 'codec': codec}
 
   return video.evaluate(pairs())
 

@@ -133,7 +133,7 @@ def encode_observation(params: InferenceParams, obs: Observation, text: Text,
   norm = params.norm
   check_inputs(cfg, window, obs, text)
   check_stats(cfg, norm)
-  latents = functional.encode_video(cfg.model, obs.frames)
+  latents = functional.encode_video(cfg.model, obs.frames, params.frozen.codec)
   count = jnp.full((obs.state.shape[0],), window.future) if length is None else jnp.asarray(length)
   return Conditioning(
       known=functional.normalise_latents(latents, norm),
@@ -160,8 +160,8 @@ def denoise_video(params: InferenceParams, cond: Conditioning, noise: Latents, *
   forward). Known frames of the result mean nothing: `known_in_place` puts the given ones there.
   """
   guidance = cfg.inference.guidance
-  no_text = Text(cond.text.features, jnp.zeros_like(cond.text.mask))
-  unconditional = dataclasses.replace(cond, text=no_text)
+  empty = functional.empty_text(cond.text, params.frozen.null_text)
+  unconditional = dataclasses.replace(cond, text=empty)
 
   def velocity(z, sigma):
     v = _run_video(params, cond, z, sigma, cfg)[0]
@@ -251,7 +251,7 @@ def imagine(params: InferenceParams, cond: Conditioning, noise: Latents, *, cfg:
   latents = functional.denormalise_latents(known_in_place(cond, z), params.norm)
   # The codec is causal: the window is decoded whole, history included, and cut afterwards.
   anchor = window.history * cfg.model.steps_per_latent
-  return functional.decode_video(cfg.model, latents)[:, :, anchor:]
+  return functional.decode_video(cfg.model, latents, params.frozen.codec)[:, :, anchor:]
 
 
 def input_specs(cfg: ExperimentConfig, window: Window, batch: int) -> tuple[Observation, Text]:

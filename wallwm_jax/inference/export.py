@@ -21,7 +21,7 @@ from wallwm_jax.inference.denoiser import EventPrediction, Window, input_specs
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.exported import FORMAT, SIGNATURE, load_exported, stats_hash
 from wallwm_jax.inference.unified import predict_chunk
-from wallwm_jax.types import InferenceParams, NormStats, Observation, Text
+from wallwm_jax.types import Frozen, InferenceParams, NormStats, Observation, Text
 
 __all__ = ['export_policy', 'load_exported']
 
@@ -55,8 +55,11 @@ def export_policy(cfg: ExperimentConfig, params: InferenceParams, out_dir: str |
   Returns:
     The signature that was written.
   """
-  weights = flatten({'model': params.model, 'norm': dataclasses.asdict(params.norm)})
-  weights = {name: np.asarray(value) for name, value in weights.items()}
+  frozen = dict(vars(params.frozen)) | {'norm': vars(params.norm)}
+  if params.frozen.null_text is not None:
+    frozen['null_text'] = vars(params.frozen.null_text)
+  weights = flatten({'model': params.model} | frozen)
+  weights = {name: np.asarray(value) for name, value in weights.items() if value is not None}
   files, functions = {'weights.npz': _npz(weights)}, {}
   for name, (function, specs) in _functions(cfg, batch_size, bucket).items():
     trace = jax.export.export(jax.jit(function), platforms=list(platforms))
@@ -133,11 +136,16 @@ def _records(weights: dict[str, Any], inputs: dict[str, Any]):
   """(params, obs, text, key) of the flat dicts at the boundary."""
   tree = unflatten(weights)
   return (
-      InferenceParams(tree['model'], NormStats(**tree['norm'])),
+      InferenceParams(tree['model'], _frozen(tree)),
       Observation(inputs['frames'], inputs['state'], inputs['view_mask']),
       Text(inputs['text_features'], inputs['text_mask']),
       jax.random.wrap_key_data(inputs['key']),
   )
+
+
+def _frozen(tree: dict[str, Any]) -> Frozen:
+  null_text = Text(**tree['null_text']) if 'null_text' in tree else None
+  return Frozen(NormStats(**tree['norm']), tree.get('codec', {}), null_text)
 
 
 def _outputs(prediction: EventPrediction) -> dict[str, jax.Array]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from wallwm_jax.config import ModelConfig
-from wallwm_jax.models import codec
+from wallwm_jax.config import CodecConfig, ModelConfig, TextConfig
+from wallwm_jax.models import codec as dct
 from wallwm_jax.models.action_dit import ActionTower, AnchorCache
-from wallwm_jax.models.video_dit import VideoMasks, VideoTower
+from wallwm_jax.models.umt5 import UMT5Encoder
+from wallwm_jax.models.vae import WanVAE
+from wallwm_jax.models.video_dit import VideoMasks, VideoTower, graft_views
 from wallwm_jax.models.world_action import WorldAction
 from wallwm_jax.types import NormStats, Params, PRNGKey, Text
 
@@ -24,25 +27,31 @@ __all__ = [
   'AnchorCache',
   'VideoMasks',
   'action_forward',
+  'adopt_video',
   'condition_video',
   'decode_video',
+  'empty_text',
   'denormalise_latents',
+  'encode_tokens',
   'encode_video',
+  'init_codec',
   'init_params',
+  'init_text',
   'normalise_latents',
   'prefill_actions',
   'video_forward',
   'video_masks',
   'window_tau',
+  'without_grafts',
 ]
 
 
 @functools.lru_cache
-def _graph(tower: type[nnx.Module], config: ModelConfig) -> nnx.GraphDef:
+def _graph(tower: type[nnx.Module], config) -> nnx.GraphDef:
   return nnx.split(nnx.eval_shape(lambda: tower(config, rngs=nnx.Rngs(0))))[0]
 
 
-def _bind(tower: type[nnx.Module], config: ModelConfig, params: Params) -> nnx.Module:
+def _bind(tower: type[nnx.Module], config, params: Params) -> nnx.Module:
   return nnx.merge(_graph(tower, config), nnx.State(params))
 
 
@@ -54,14 +63,79 @@ def init_params(config: ModelConfig, key: PRNGKey) -> Params:
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def encode_video(config: ModelConfig, frames) -> Float[Array, 'B V F h w C']:
-  """Codec latents (unnormalised float32) of uint8 frames [B, V, T, H, W, 3], T = 1 + 4N."""
-  return codec.encode(config.codec, frames)
+_GRAFTS = ('view_gate', 'view_embed', 'cross_view')
 
 
-def decode_video(config: ModelConfig, latents) -> Float[Array, 'B V T H W 3']:
-  """Frames in [0, 1] of unnormalised latents [B, V, F, h, w, C]."""
-  return codec.decode(config.codec, latents)
+def without_grafts(video: Params) -> Params:
+  """The 'video' subtree without what public video towers do not have: its view branch."""
+  return {
+    name: without_grafts(leaf) if isinstance(leaf, dict) else leaf
+    for name, leaf in video.items()
+    if name not in _GRAFTS
+  }
+
+
+def adopt_video(config: ModelConfig, fresh: Params, public: Params) -> Params:
+  """A whole 'video' subtree that starts from a public tower and computes the same.
+
+  Args:
+    fresh: of `init_params`, for what `public` lacks: the grafts (see `video_dit.graft_views`), and
+      the channels of 'channel' conditioning in the patch embedding, which start at zero.
+  """
+  cells = config.video.patch[1] * config.video.patch[2]
+  embed, width = public['patch_embed'], config.video.width
+  kernel = embed['kernel'].reshape(cells, -1, width)
+  missing = fresh['patch_embed']['kernel'].shape[0] // cells - kernel.shape[1]
+  kernel = jnp.pad(kernel, ((0, 0), (0, missing), (0, 0))).reshape(-1, width)
+  public = public | {'patch_embed': embed | {'kernel': kernel}}
+  whole = not config.video.cross_view or 'cross_view' in public['blocks']
+  return public if whole else graft_views(public, fresh)
+
+
+def init_codec(codec: CodecConfig, key: PRNGKey) -> Params:
+  """Random float32 parameters of a frame codec; {} for one without weights."""
+  if codec.kind == 'dct':
+    return {}
+  return nnx.to_pure_dict(nnx.state(WanVAE(codec, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def encode_video(
+  config: ModelConfig, frames: UInt8[Array, 'B V T H W 3'], codec: Params
+) -> Float[Array, 'B V F h w C']:
+  """Codec latents (unnormalised float32) of uint8 frames, T = 1 + 4N; a VAE codes one view at a
+  time.
+  """
+  if config.codec.kind == 'dct':
+    return dct.encode(config.codec, frames)
+  vae = _bind(WanVAE, config.codec, codec)
+  pixels = jnp.moveaxis(frames, 1, 0)
+  latents = jax.lax.map(lambda x: vae.encode(x.astype(jnp.float32) / 127.5 - 1.0), pixels)
+  return jnp.moveaxis(latents, 0, 1)
+
+
+def decode_video(
+  config: ModelConfig, latents: Float[Array, 'B V F h w C'], codec: Params
+) -> Float[Array, 'B V T H W 3']:
+  """Frames in [0, 1] of unnormalised latents."""
+  if config.codec.kind == 'dct':
+    return dct.decode(config.codec, latents)
+  vae = _bind(WanVAE, config.codec, codec)
+  frames = jax.lax.map(vae.decode, jnp.moveaxis(latents, 1, 0))
+  return jnp.moveaxis(0.5 * frames + 0.5, 0, 1)
+
+
+def init_text(text: TextConfig, key: PRNGKey) -> Params:
+  """Random float32 parameters of a text encoder; {} for one without weights."""
+  if text.kind == 'hash':
+    return {}
+  return nnx.to_pure_dict(nnx.state(UMT5Encoder(text, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def encode_tokens(
+  params: Params, text: TextConfig, ids: Int[Array, 'B X'], mask: Bool[Array, 'B X']
+) -> Float[Array, 'B X E']:
+  """Features of token ids; rows where `mask` is False mean nothing."""
+  return _bind(UMT5Encoder, text, params)(ids, mask)
 
 
 def normalise_latents(latents, norm: NormStats):
@@ -89,6 +163,13 @@ def video_masks(
   return VideoMasks(view=view_mask, frame=frame_mask, sight=sight)
 
 
+def empty_text(text: Text, null_text: Text | None) -> Text:
+  """The empty caption in the shape of `text`: `null_text`, or nothing that is attended to."""
+  if null_text is None:
+    return Text(text.features, jnp.zeros_like(text.mask))
+  return jax.tree.map(lambda empty, x: jnp.broadcast_to(empty, x.shape), null_text, text)
+
+
 def condition_video(config: ModelConfig, z, t, known, known_mask):
   """Network inputs of a video whose frames `known_mask` are given.
 
@@ -99,8 +180,8 @@ def condition_video(config: ModelConfig, z, t, known, known_mask):
 
   Returns:
     (input [B, V, F, h, w, C'], per-frame levels [B, F]). 'frame': known frames in place at level 0
-    (Wan TI2V). 'channel': the known latents and their mask as extra channels, one level for all
-    frames (Wan inpainting).
+    (Wan2.2 TI2V). 'channel': one level for all frames and, after the noised latents, a mask channel
+    for each raw frame of a latent frame, then the known latents (Wan's inpainting).
   """
   b, _, f = z.shape[:3]
   known_mask = jnp.broadcast_to(jnp.asarray(known_mask), (b, f))
@@ -108,8 +189,8 @@ def condition_video(config: ModelConfig, z, t, known, known_mask):
   levels = jnp.broadcast_to(t[:, None], (b, f)).astype(jnp.float32)
   if config.video.conditioning == 'frame':
     return jnp.where(cells, known, z), jnp.where(known_mask, 0.0, levels)
-  mask = jnp.broadcast_to(cells, (*z.shape[:-1], 1)).astype(z.dtype)
-  return jnp.concatenate([z, jnp.where(cells, known, 0.0), mask], axis=-1), levels
+  mask = jnp.broadcast_to(cells, (*z.shape[:-1], config.codec.temporal)).astype(z.dtype)
+  return jnp.concatenate([z, mask, jnp.where(cells, known, 0.0)], axis=-1), levels
 
 
 def video_forward(

@@ -28,6 +28,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from wallwm_jax.config import ExperimentConfig, from_config_dict
+from wallwm_jax.text.factory import make_text_encoder
+from wallwm_jax.training.pretrained import load_frozen
 from wallwm_jax.training.state import TrainState, param_shapes
 from wallwm_jax.types import CheckpointError, InferenceParams, NormStats, Params, path_string
 
@@ -128,10 +130,12 @@ class Checkpoints:
 def load_inference(
     workdir: str | os.PathLike, step: int | None = None
 ) -> tuple[ExperimentConfig, InferenceParams]:
-  """The config, EMA weights and normalisation statistics of a workdir, on the default device.
+  """The config and EMA weights of a workdir with all that they were trained with, on the default
+  device.
 
   Raises:
-    CheckpointError: no complete checkpoint (or not that step), or one of another format.
+    CheckpointError: no complete checkpoint (or not that step), one of another format, or the codec
+      or text encoder that it was trained with is not where the config says.
   """
   manager, path, step = _open(workdir, step)
   with manager:
@@ -139,7 +143,10 @@ def load_inference(
     config, norm = _load_context(manager, step)
     shapes = param_shapes(config)
     _check_leaves(meta['leaves']['params'], _table(shapes), f'{path / str(step)}/params')
-    return config, InferenceParams(_load_params(manager, step, meta, shapes), norm)
+    params = _load_params(manager, step, meta, shapes)
+  online = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=''))
+  text = make_text_encoder(config.model.text)
+  return config, InferenceParams(params, load_frozen(online, norm, text, config.inference.negative))
 
 
 def load_source(path: str | os.PathLike) -> tuple[ExperimentConfig, NormStats]:

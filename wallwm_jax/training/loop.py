@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import rich.console
 import rich.table
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.data import pipeline, stats
+from wallwm_jax import weights
+from wallwm_jax.config import ExperimentConfig, MeshConfig
+from wallwm_jax.data import latents, pipeline, stats
 from wallwm_jax.data.store import EventStore
-from wallwm_jax.models import functional
-from wallwm_jax.models.text_encoder import make_text_encoder
 from wallwm_jax.optim import (
     format_plan,
     format_table,
@@ -32,8 +30,15 @@ from wallwm_jax.optim import (
 )
 from wallwm_jax.parallel import distributed, rules
 from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.training import checkpoints
 from wallwm_jax.training.metrics import MetricLogger
+from wallwm_jax.training.pretrained import (
+    codec_digest,
+    latent_encoder,
+    load_frozen,
+    load_video,
+)
 from wallwm_jax.training.stages import STAGES, stage_of, trainable_mask
 from wallwm_jax.training.state import (
     TrainState,
@@ -44,7 +49,7 @@ from wallwm_jax.training.state import (
     param_shapes,
 )
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import EventBatch, NormStats, path_string
+from wallwm_jax.types import EventBatch, Frozen, NormStats, path_string
 
 NORM_FILE = 'norm_stats.json'
 _PREFETCH = 2  # batches put on the devices ahead of the step that reads them
@@ -93,7 +98,7 @@ def train(
   with checkpoints.Checkpoints(workdir, config.train.keep) as saved:
     resumed = saved.restore(abstract) if saved.latest_step() is not None else None
     norm = _norm_stats(config, workdir, store, resumed)
-    batches = _open_batches(config, store, norm, mesh)
+    batches, frozen = _open_inputs(config, store, norm, mesh)
     if resumed is not None:
       state = resumed.state
       batches.set_state(resumed.data)
@@ -101,14 +106,13 @@ def train(
       state = init_state(config, optimizer, abstract, _initial_params(config, abstract))
     start = int(state.step)
 
-    norm_on_device = jax.device_put(norm, NamedSharding(mesh, PartitionSpec()))
     feed = prefetch(batches, functools.partial(_put, config=config, mesh=mesh), _PREFETCH)
     log = MetricLogger(
         _log_dir(workdir), config, start, mesh.size, progress, on_log, _gradient_names(abstract))
     with contextlib.closing(batches), log, jax.transfer_guard('disallow'):
       for step in range(start + 1, config.train.steps + 1):
         batch, data_state = next(feed)
-        state, metrics = step_fn(state, batch, norm_on_device)
+        state, metrics = step_fn(state, batch, frozen)
         log.add(step, metrics, bucket=batch.actions.shape[1] // config.model.steps_per_latent)
         if step % config.train.checkpoint_every == 0 or step == config.train.steps:
           with log.settled(), jax.transfer_guard('allow'):
@@ -142,11 +146,24 @@ def _put(batch: EventBatch, *, config: ExperimentConfig, mesh) -> EventBatch:
   return distributed.put_batch(batch, shardings)
 
 
-def _open_batches(config: ExperimentConfig, store: EventStore, norm: NormStats, mesh):
-  encode_text = make_text_encoder(config.model.text).encode
+def _open_inputs(
+    config: ExperimentConfig, store: EventStore, norm: NormStats, mesh: Mesh
+) -> tuple[pipeline.BatchIterator, Frozen]:
+  """What a step reads besides its state: the batches, and on every device what never changes.
+
+  The text encoder lives on the devices of this process only as long as this call.
+  """
+  if config.data.latents:
+    described = latents.describe(config, store, codec_digest(config.model))
+    events = pipeline.split_events(store, config)
+    latents.LatentStore(config.data.latents).check(described, events, config.data.buckets[-1])
   index, count = distributed.data_shard(mesh, config.mesh.rules, config.data.batch_size)
-  return pipeline.make_dataset(
-      config, store, norm, encode_text, process_index=index, process_count=count)
+  local = make_mesh(MeshConfig(fsdp=-1), jax.local_devices())
+  text = make_text_encoder(config.model.text, mesh=local)
+  batches = pipeline.make_dataset(
+      config, store, norm, text.encode, process_index=index, process_count=count)
+  frozen = load_frozen(config, norm, text, mesh=mesh)
+  return batches, jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
 
 
 def _gradient_names(abstract: TrainState) -> list[str]:
@@ -165,9 +182,12 @@ def _log_dir(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _initial_params(config: ExperimentConfig, abstract: TrainState):
-  if not config.train.init_from:
+  path = config.train.init_from
+  if not path:
     return None
-  return checkpoints.load_params_for_init(config.train.init_from, abstract.params)
+  if weights.is_weights(path):
+    return {'video': load_video(path, config.model, abstract.params['video'])}
+  return checkpoints.load_params_for_init(path, abstract.params)
 
 
 def _norm_stats(
@@ -189,9 +209,8 @@ def _norm_stats(
     if path.exists():
       stats.check_match(norm, stats.load(path))
   else:
-    encode = jax.jit(functools.partial(functional.encode_video, config.model))
-    norm = stats.compute(store, config, lambda frames: np.asarray(encode(frames)))
-    if config.train.init_from:
+    norm = stats.compute(store, config, latent_encoder(config.model))
+    if config.train.init_from and not weights.is_weights(config.train.init_from):
       norm = _inherit(norm, *checkpoints.load_source(config.train.init_from))
   if distributed.is_main_process():
     stats.save(norm, path)

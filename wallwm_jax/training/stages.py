@@ -28,7 +28,7 @@ from wallwm_jax.models import functional
 from wallwm_jax.types import (
     ConfigError,
     EventBatch,
-    NormStats,
+    Frozen,
     Params,
     PRNGKey,
     Text,
@@ -111,14 +111,18 @@ class Clip:
   frame_mask: Bool[Array, "B F"]
 
 
-def encode_clip(batch: EventBatch, norm: NormStats, config: ExperimentConfig) -> Clip:
-  """Latents of a batch with everything that must stay out of the loss marked.
+def encode_clip(batch: EventBatch, frozen: Frozen, config: ExperimentConfig) -> Clip:
+  """Latents of a batch (its own where it brings them) with everything that must stay out of the
+  loss marked.
 
   Conditioning frames (the first latent frame, or history and anchor of a chunk window), frames
   beyond num_frames, absent views and latent cells touching a border pixel are unsupervised.
   """
   model = config.model
-  latents = functional.normalise_latents(functional.encode_video(model, batch.frames), norm)
+  latents = batch.latents
+  if latents is None:
+    latents = functional.encode_video(model, batch.frames, frozen.codec)
+  latents = functional.normalise_latents(latents, frozen.norm)
   index = jnp.arange(latents.shape[2])
   history = model.history if config.data.window == 'chunk' else 0
   known = index <= history
@@ -143,13 +147,13 @@ def noise_clip(
 
 
 def stage_loss(
-    params: Params, batch: EventBatch, norm: NormStats, key: PRNGKey, *, config: ExperimentConfig
+    params: Params, batch: EventBatch, frozen: Frozen, key: PRNGKey, *, config: ExperimentConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Loss of one batch under the config's stage, and its parts.
 
   Args:
     params: the full parameter tree; which leaves are differentiated is the caller's choice.
-    batch: one EventBatch; norm: statistics its latents are normalised with.
+    batch: one EventBatch; frozen: statistics, codec and the empty caption.
     key: this step's key. Streams are derived from it by name, so no draw depends on another.
 
   Returns:
@@ -157,21 +161,26 @@ def stage_loss(
     float32 scalars.
   """
   spec = stage_of(config)
-  clip = encode_clip(batch, norm, config)
+  clip = encode_clip(batch, frozen, config)
+  text = batch.text  # what the video loss is told; actions always read the full caption
+  if spec.caption_drop:
+    drop = stream(stream(key, 'video'), 'caption')
+    text = drop_captions(
+        drop, text, frozen.null_text, batch.raw_length, config.diffusion.caption_drop)
   if config.diffusion.mapping == 'symmetric':
-    parts = _symmetric_losses(params, batch, clip, key, spec, config)
+    parts = _symmetric_losses(params, batch, clip, text, key, spec, config)
   else:
-    parts = _anchored_losses(params, batch, clip, key, spec, config)
+    parts = _anchored_losses(params, batch, clip, text, key, spec, config)
   total = sum(parts.values())
   return total, {'loss': total, **parts}
 
 
-def _anchored_losses(params, batch, clip, key, spec, config) -> dict[str, Array]:
+def _anchored_losses(params, batch, clip, text, key, spec, config) -> dict[str, Array]:
   diffusion, samples = config.diffusion, clip.view_mask.shape[:1]
   parts = {}
   if 'video' in spec.losses:
     sigma = schedules.sample_sigma(stream(key, 'video_sigma'), samples, diffusion.shift)
-    parts |= _video_pass(params, batch, clip, sigma, stream(key, 'video'), spec, config)[0]
+    parts |= _video_pass(params, batch, clip, text, sigma, stream(key, 'video'), config)[0]
   if 'action' in spec.losses:
     features = _anchor_features(params, batch, clip, stream(key, 'anchor'), config)
     levels = schedules.sample_sigma(
@@ -181,10 +190,11 @@ def _anchored_losses(params, batch, clip, key, spec, config) -> dict[str, Array]
   return parts
 
 
-def _symmetric_losses(params, batch, clip, key, spec, config) -> dict[str, Array]:
+def _symmetric_losses(params, batch, clip, text, key, spec, config) -> dict[str, Array]:
   samples = clip.view_mask.shape[:1]
   sigma = schedules.sample_sigma(stream(key, 'video_sigma'), samples, config.diffusion.shift)
-  video, features = _video_pass(params, batch, clip, sigma, stream(key, 'video'), spec, config)
+  video, features = _video_pass(
+      params, batch, clip, text, sigma, stream(key, 'video'), config)
   parts = video if 'video' in spec.losses else {}
   if 'action' in spec.losses:
     features, levels = _frozen_unless_trained(features, spec), sigma[:, None]
@@ -192,16 +202,13 @@ def _symmetric_losses(params, batch, clip, key, spec, config) -> dict[str, Array
   return parts
 
 
-def _video_pass(params, batch, clip, sigma, key, spec: StageSpec, config: ExperimentConfig):
+def _video_pass(params, batch, clip, text: Text, sigma, key, config: ExperimentConfig):
   """One video forward at levels sigma [B], training-only masks on: ({'loss_video'}, features)."""
   diffusion, model = config.diffusion, config.model
   eps = unit_noise(stream(key, 'eps'), clip.latents.shape)
   sight = _sight(batch, config)
   tube = _tube(stream(key, 'tube'), sight, clip, config)
   noised, t = noise_clip(clip, eps, sigma, config, tube)
-  text = batch.text
-  if spec.caption_drop:
-    text = drop_captions(stream(key, 'caption'), text, batch.raw_length, diffusion.caption_drop)
   sight = sight if diffusion.sight_cone else None
   masks = functional.video_masks(clip.view_mask, clip.frame_mask, sight)
   out, features = functional.video_forward(params['video'], model, noised, t, text, masks)
@@ -266,10 +273,13 @@ def noise_weight(sigma, weighting: Literal['uniform', 'sigma']):
   return sigma if weighting == 'sigma' else jnp.ones_like(sigma)
 
 
-def drop_captions(key: PRNGKey, text: Text, raw_length, ramp) -> Text:
-  """`text` with each caption emptied with probability rho(raw_length)."""
+def drop_captions(key: PRNGKey, text: Text, null_text: Text | None, raw_length, ramp) -> Text:
+  """`text` with each caption emptied (see `Frozen.null_text`) with probability rho(raw_length)."""
   drop = jax.random.uniform(key, raw_length.shape) < schedules.caption_drop_rate(raw_length, ramp)
-  return dataclasses.replace(text, mask=text.mask & ~drop[:, None])
+  empty = functional.empty_text(text, null_text)
+  return Text(
+      jnp.where(drop[:, None, None], empty.features, text.features),
+      jnp.where(drop[:, None], empty.mask, text.mask))
 
 
 def stream(key: PRNGKey, name: str) -> PRNGKey:

@@ -77,7 +77,8 @@ def init_state(
   """A fresh state at step 0, every leaf created on the devices that `abstract` gives it.
 
   Args:
-    start: top-level subtrees that replace the random ones (`train.init_from`), sharded like them.
+    start: top-level subtrees that replace the random ones (`train.init_from`), sharded like them;
+      a video tower without grafts is completed by `functional.adopt_video`.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   create = jax.jit(functools.partial(_create, config, optimizer), out_shardings=shardings)
@@ -86,7 +87,11 @@ def init_state(
 
 def _create(config, optimizer, start: Params | None = None) -> TrainState:
   root = jax.random.key(config.train.seed)
-  params = functional.init_params(config.model, jax.random.fold_in(root, 0)) | (start or {})
+  fresh = functional.init_params(config.model, jax.random.fold_in(root, 0))
+  start = dict(start or {})
+  if 'video' in start:
+    start['video'] = functional.adopt_video(config.model, fresh['video'], start['video'])
+  params = fresh | start
   trainable, _ = split_trainable(params, config.train.stage)
   return TrainState(
       step=jnp.zeros((), jnp.int32),

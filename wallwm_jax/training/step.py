@@ -15,14 +15,14 @@ from wallwm_jax.parallel import aot, rules
 from wallwm_jax.parallel.constraints import activation_sharding
 from wallwm_jax.training.stages import split_trainable, stage_loss
 from wallwm_jax.training.state import TrainState, update_ema
-from wallwm_jax.types import EventBatch, NormStats
+from wallwm_jax.types import EventBatch, Frozen
 
 
 def make_train_step(
     config: ExperimentConfig, mesh: Mesh, optimizer: optax.GradientTransformation,
     abstract: TrainState
-) -> Callable[[TrainState, EventBatch, NormStats], tuple[TrainState, dict[str, jax.Array]]]:
-  """Jitted step(state, batch, norm) -> (state, metrics) on `mesh`; the state is donated.
+) -> Callable[[TrainState, EventBatch, Frozen], tuple[TrainState, dict[str, jax.Array]]]:
+  """Jitted step(state, batch, frozen) -> (state, metrics) on `mesh`; the state is donated.
 
   Gradients, optimizer and EMA see only the trainable subtrees; frozen ones are passed through, so
   no update can reach them. Buckets of different length compile once each.
@@ -34,13 +34,13 @@ def make_train_step(
   """
   schedule = make_schedule(config.optim, config.train.steps)
 
-  def step(state: TrainState, batch: EventBatch, norm: NormStats):
-    trainable, frozen = split_trainable(state.params, config.train.stage)
+  def step(state: TrainState, batch: EventBatch, frozen: Frozen):
+    trainable, resting = split_trainable(state.params, config.train.stage)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
     def loss_fn(trainable):
       with activation_sharding(mesh, config.mesh.rules):
-        return stage_loss(frozen | trainable, batch, norm, key, config=config)
+        return stage_loss(resting | trainable, batch, frozen, key, config=config)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(trainable)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
@@ -54,7 +54,7 @@ def make_train_step(
         'lr': schedule(state.step),
     }
     ema = update_ema(state.ema, trainable, state.step, config.train.ema)
-    return TrainState(state.step + 1, frozen | trainable, ema, opt_state, state.key), metrics
+    return TrainState(state.step + 1, resting | trainable, ema, opt_state, state.key), metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   replicated = NamedSharding(mesh, PartitionSpec())
