@@ -29,9 +29,9 @@ def add_parser(verbs) -> None:
       parser.add_argument('--limit', type=int, help='at most this many events (all)')
 
 
-def add_world(parser: argparse.ArgumentParser) -> None:
+def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
   """Arguments of everything that acts in the tabletop."""
-  parser.add_argument('--store', required=True, help='event store; says how long events last')
+  parser.add_argument('--store', required=required, help='event store; says how long events last')
   parser.add_argument(
     '--tasks', default='single', help='single, multi, or kinds such as reach,push (single)'
   )

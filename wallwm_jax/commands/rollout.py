@@ -1,11 +1,11 @@
-"""`wallwm rollout`: one recorded attempt in the tabletop as a video."""
+"""`wallwm rollout`: one recorded attempt in the tabletop, or an imagined video, as a film."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 
-from wallwm_jax.commands import common, evaluate
+from wallwm_jax.commands import common, evaluate, imagine
 
 WIDTH = 640  # least pixels of the written video, all views side by side
 
@@ -14,32 +14,57 @@ def add_parser(verbs) -> None:
   parser = common.add_verb(
     verbs,
     'rollout',
-    'let a trained policy act in the tabletop and write what the cameras saw (.mp4 or .gif)',
+    'let a trained policy act in the tabletop and write what the cameras saw, or, with '
+    '--video-only, what the video model imagines (.mp4 or .gif)',
     'wallwm rollout --workdir runs/quickstart/stage2 --store runs/quickstart/store '
-    '--tasks push --out push.gif',
+    '--tasks push --out push.gif\n'
+    '  wallwm rollout --video-only --workdir runs/quickstart/stage1 --store runs/quickstart/store '
+    '--event 3 --out event.mp4\n'
+    '  wallwm rollout --video-only --config experiments/wan.py '
+    '--config.train.init_from=weights/wan --prompt "a robot arm pours tea" '
+    '--image front=desk.png --frames 121 --out tea.mp4',
     run=run,
+    overrides=[],
   )
-  parser.add_argument('--workdir', required=True, help='trained run')
+  parser.add_argument('--workdir', help='trained run')
   parser.add_argument('--out', required=True, help='video file, .mp4 or .gif')
   parser.add_argument('--seed', type=int, default=0, help='scene and noise (0)')
-  evaluate.add_world(parser)
+  evaluate.add_world(parser, required=False)  # imagining needs no store
+  parser.add_argument('--video-only', action='store_true', help='imagine; nothing acts')
+  imagine.add_arguments(parser.add_argument_group('what --video-only reads'))
 
 
 def run(args: argparse.Namespace) -> None:
-  import numpy as np
-
   from wallwm_jax.types import ConfigError
 
   out = pathlib.Path(args.out)
   if out.suffix not in WRITERS:
     raise ConfigError(f'--out: expected a file ending in {" or ".join(WRITERS)}, got {out.name!r}.')
+  if args.overrides and not args.config:
+    raise ConfigError(f'unknown argument {args.overrides[0]!r} (see wallwm rollout --help).')
+  if not args.video_only:
+    _act(args, out)
+    return
+  frames, fps, facts = imagine.film(args)
+  _write(out, frames, fps)
+  common.print_json({'out': out, 'frames': len(frames), 'fps': fps} | facts)
+
+
+def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
+  import numpy as np
+
+  from wallwm_jax.types import ConfigError
+
+  for name in imagine.ONLY:
+    if getattr(args, name) is not None:
+      raise ConfigError(f'--{name}: expected only together with --video-only.')
+  for name in ('workdir', 'store'):
+    if getattr(args, name) is None:
+      raise ConfigError(f'--{name}: required unless --video-only is given.')
   attempts = evaluate.run_attempts(args, per_kind=1, record=True)
   films = [np.concatenate(list(attempts.film(i)), axis=2) for i in range(len(attempts.kinds))]
   frames = np.concatenate(films)  # attempt after attempt, views side by side
-  scale = -(-WIDTH // frames.shape[2])
-  frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  WRITERS[out.suffix](out, frames, attempts.fps)
+  _write(out, frames, attempts.fps)
   succeeded = attempts.rollouts.success.tolist()
   done = [
     {'instruction': text, 'success': ok, 'progress': progress}
@@ -48,6 +73,14 @@ def run(args: argparse.Namespace) -> None:
     )
   ]
   common.print_json({'out': out, 'frames': len(frames), 'fps': attempts.fps, 'attempts': done})
+
+
+def _write(out: pathlib.Path, frames, fps: float) -> None:
+  """Frames uint8 [T, H, W, 3] as a film, small ones enlarged."""
+  scale = -(-WIDTH // frames.shape[2])
+  frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  WRITERS[out.suffix](out, frames, fps)
 
 
 def _write_gif(path: pathlib.Path, frames, fps: float) -> None:
