@@ -10,10 +10,11 @@ QUICKSTART_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AOT := $(VENV)/.aot
+TORCH := .cache/torch
 CODE := wallwm_jax data kernels experiments benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint clean
+.PHONY: help quickstart test test-fast lint fixtures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +32,13 @@ lint: $(STAMP)  ## ruff, and every file parses
 	$(BIN)/ruff check .
 	$(BIN)/python -m compileall -q $(CODE)
 
+fixtures: $(TORCH)/.installed $(STAMP)  ## make the parity fixtures anew with the public torch models, and compare
+	rm -rf .cache/fixtures
+	for family in wan_dit wan_vae umt5 samplers; do \
+	  HF_HUB_OFFLINE=1 $(TORCH)/bin/python tests/fixtures/$$family.py --out .cache/fixtures || exit 1; \
+	done
+	$(BIN)/python tests/fixtures/compare.py .cache/fixtures
+
 clean:  ## remove .venv, caches and build output (runs/ stays)
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -38,6 +46,14 @@ clean:  ## remove .venv, caches and build output (runs/ stays)
 # Tests compile for TPUs, which needs no TPU but its compiler.
 $(AOT): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[aot]'
+	@touch $@
+
+# Apart from .venv: nothing of this project needs torch.
+$(TORCH)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  $$($(BIN)/python -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); \
+	  print(*c['options.extras_require']['torch-parity'].split())")
 	@touch $@
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
