@@ -8,8 +8,10 @@ each, so that whatever else the machine does meets both. Prints one JSON line.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,7 +65,6 @@ def compare(torch_call, dtype, tokens, which, rounds) -> dict:
   seconds = {'ours': [], 'torch': []}
   for _ in range(rounds):
     seconds['torch'].append(torch_call(name))
-    time.sleep(0.3)  # threads of torch spin for a while before they sleep
     start = time.perf_counter()
     ours()
     seconds['ours'].append(time.perf_counter() - start)
@@ -148,10 +149,14 @@ def start_torch(python: str):
     env=os.environ | {'HF_HUB_OFFLINE': '1'},
   )
 
+  atexit.register(child.kill)  # a stopped process would stay
+
   def call(request: str):
+    child.send_signal(signal.SIGCONT)
     child.stdin.write(request + '\n')
     child.stdin.flush()
     answer = child.stdout.readline()
+    child.send_signal(signal.SIGSTOP)  # threads of torch spin for a while before they sleep
     if not answer:
       raise RuntimeError(f'{python} ended with status {child.wait()}; its error is above.')
     return json.loads(answer)
