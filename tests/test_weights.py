@@ -11,7 +11,7 @@ from wallwm_jax import weights
 from wallwm_jax.config import MeshConfig
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.parallel.rules import param_shardings
-from wallwm_jax.types import CheckpointError, ConfigError
+from wallwm_jax.types import CheckpointError, ConfigError, nest
 from wallwm_jax.weights import chunks
 
 SHAPES = {
@@ -49,7 +49,7 @@ def make_folder(path, mesh=None, component='video', order=1):
 
 def target(**changes):
   shapes = {p: s for p, s in (SHAPES | changes).items() if s is not None}
-  return weights.arrays._nest({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()})
+  return nest({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()})
 
 
 @pytest.mark.parametrize('small', [0, 10**6])

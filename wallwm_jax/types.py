@@ -16,7 +16,7 @@ Units: positions m, rotations as the first two columns of the rotation matrix (6
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,18 @@ class StatsMismatchError(WallWMError, ValueError):
 def path_string(key_path) -> str:
   """A JAX key path as 'a/b/c': dict keys, field names and indices without decoration."""
   return jax.tree_util.keystr(key_path, simple=True, separator='/')
+
+
+def nest(leaves: Mapping[str, Any]) -> Params:
+  """{'a/b': x} as {'a': {'b': x}}."""
+  tree: Params = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
 
 
 def pytree_dataclass(cls):

@@ -23,7 +23,7 @@ from wallwm_jax.convert.plan import FAMILIES, make_plan
 from wallwm_jax.convert.source import open_source
 from wallwm_jax.convert.torch_config import torch_config
 from wallwm_jax.parallel.mesh import make_mesh
-from wallwm_jax.types import CheckpointError, path_string
+from wallwm_jax.types import CheckpointError, nest, path_string
 
 
 def convert(family, src, out, mesh=None):
@@ -137,7 +137,7 @@ def test_plain_orbax_restores_onto_a_mesh_of_eight(axes, tmp_path, monkeypatch):
     return NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
   target = {p: jax.ShapeDtypeStruct(s, np.float32, sharding=place(s)) for p, s in shapes.items()}
-  tree = weights.arrays._nest(target)
+  tree = nest(target)
   with ocp.StandardCheckpointer() as reader:
     plain = reader.restore(tmp_path / 'out' / 'params', tree)
   ours = weights.load(tmp_path / 'out', 'video', tree)
@@ -155,7 +155,7 @@ def test_load_casts_to_the_target_and_needs_no_sharding(tmp_path):
   target = {
     p: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for p, leaf in plan.leaves({}).items()
   }
-  params = weights.load(tmp_path / 'out', 'text', weights.arrays._nest(target))
+  params = weights.load(tmp_path / 'out', 'text', nest(target))
   want = tensors['shared.weight'].astype(jnp.bfloat16)
   assert public.same_bits(np.asarray(params['embed']['embedding']), want)
 

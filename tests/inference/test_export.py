@@ -18,9 +18,9 @@ import pytest
 
 from wallwm_jax.data import stats as data_stats
 from wallwm_jax.inference.event import predict_event
-from wallwm_jax.inference.export import export_policy, flatten, unflatten
+from wallwm_jax.inference.export import export_policy, flatten
 from wallwm_jax.inference.exported import load_exported, stats_hash
-from wallwm_jax.types import CheckpointError, DataError, StatsMismatchError
+from wallwm_jax.types import CheckpointError, DataError, StatsMismatchError, nest
 
 KEY = jax.random.key(11)
 
@@ -168,4 +168,4 @@ def test_statistics_hash_is_the_one_of_the_data_package(params):
 
 def test_flatten_round_trip():
   tree = {'a': {'b': {'c': 1}, 'd': 2}, 'e': 3}
-  assert flatten(tree) == {'a/b/c': 1, 'a/d': 2, 'e': 3} and unflatten(flatten(tree)) == tree
+  assert flatten(tree) == {'a/b/c': 1, 'a/d': 2, 'e': 3} and nest(flatten(tree)) == tree

@@ -20,8 +20,8 @@ def add_parser(verbs) -> None:
     '--tasks push --out push.gif\n'
     '  wallwm rollout --video-only --workdir runs/quickstart/stage1 --store runs/quickstart/store '
     '--event 3 --out event.mp4\n'
-    '  wallwm rollout --video-only --config experiments/wan.py '
-    '--config.train.init_from=weights/wan --prompt "a robot arm pours tea" '
+    '  wallwm rollout --video-only --config experiments/wallwm_wan2_2_5b.py '
+    '--prompt "a robot arm pours tea" '
     '--image front=desk.png --frames 121 --out tea.mp4',
     run=run,
     overrides=[],

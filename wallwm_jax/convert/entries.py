@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from wallwm_jax.types import Params
+from wallwm_jax.types import Params, nest
 
 Naming = Literal['diffusers', 'original']
 # same: unchanged. linear: [out, in] -> [in, out]. conv: [O, I, *k] -> [*k, I, O]. pointwise: a 1x1
@@ -102,15 +102,3 @@ def assemble(
     if isinstance(rows, list):
       leaves[path] = np.stack([x for _, x in sorted(rows, key=lambda row: row[0])])
   return nest(leaves)
-
-
-def nest(leaves: Mapping[str, object]) -> Params:
-  """{'a/b': x} as {'a': {'b': x}}."""
-  tree: Params = {}
-  for path, leaf in leaves.items():
-    *parents, name = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return tree

@@ -21,7 +21,7 @@ from wallwm_jax.inference.denoiser import EventPrediction, Window, input_specs
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.exported import FORMAT, SIGNATURE, load_exported, stats_hash
 from wallwm_jax.inference.unified import predict_chunk
-from wallwm_jax.types import Frozen, InferenceParams, NormStats, Observation, Text
+from wallwm_jax.types import Frozen, InferenceParams, NormStats, Observation, Text, nest
 
 __all__ = ['export_policy', 'load_exported']
 
@@ -95,18 +95,6 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-  """Inverse of `flatten`."""
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return tree
-
-
 def _functions(cfg: ExperimentConfig, batch: int, bucket: int) -> dict[str, tuple[Callable, dict]]:
   """Name -> (function of plain dicts (weights, inputs), input specs)."""
 
@@ -134,7 +122,7 @@ def _input_specs(cfg: ExperimentConfig, window: Window, batch: int) -> dict[str,
 
 def _records(weights: dict[str, Any], inputs: dict[str, Any]):
   """(params, obs, text, key) of the flat dicts at the boundary."""
-  tree = unflatten(weights)
+  tree = nest(weights)
   return (
       InferenceParams(tree['model'], _frozen(tree)),
       Observation(inputs['frames'], inputs['state'], inputs['view_mask']),

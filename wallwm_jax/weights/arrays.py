@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
-from wallwm_jax.types import CheckpointError, Params, path_string
+from wallwm_jax.types import CheckpointError, Params, nest, path_string
 from wallwm_jax.weights.chunks import Box, Grid, boxes
 from wallwm_jax.weights.manifest import PARAMS, read_manifest
 
@@ -66,7 +66,7 @@ def write(path: str | os.PathLike, leaves: Iterable[Leaf], parts: Iterable[Part]
   writer = ocp.Checkpointer(
     ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
   )
-  tree = _nest({leaf.path: leaf for leaf in leaves})
+  tree = nest({leaf.path: leaf for leaf in leaves})
   try:
     with writer:
       writer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
@@ -253,17 +253,6 @@ def _kvstore(path) -> dict[str, Any]:
 def _name(path: str) -> str:
   """Orbax's folder of a leaf."""
   return path.replace('/', '.')
-
-
-def _nest(leaves: Mapping[str, Leaf]) -> Params:
-  tree: Params = {}
-  for path, leaf in leaves.items():
-    *parents, name = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return tree
 
 
 def _concurrent_gb(target: Params) -> int:
