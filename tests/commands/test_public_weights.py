@@ -107,6 +107,9 @@ def test_latents_training_and_video_from_public_files(root, store, capsys):
   run('rollout', '--video-only', '--workdir', root / 'latent-run', '--prompt', 'go there',
       '--frames', 5, '--steps', 2, '--out', root / 'trained.mp4')
   assert (root / 'imagined.mp4').stat().st_size > 500
+  run('export', '--workdir', root / 'latent-run', '--out', root / 'policy')
+  exported = np.load(root / 'policy/weights.npz').files  # the codec and the empty caption go along
+  assert 'null_text/features' in exported and any(name.startswith('codec/') for name in exported)
 
 
 def test_a_run_does_not_start_from_weights_of_another_model(root, store, capsys):
