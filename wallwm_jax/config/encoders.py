@@ -16,7 +16,9 @@ class VAEConfig:
   multiples per level. temporal_downsample: levels (all but the last) that halve time as well.
   residual: Wan2.2's averaging and duplicating shortcuts around every level. patch: pixels folded
   into channels before the first convolution. latent_mean, latent_std: published normalisation per
-  latent channel, () = 0 and 1. chunk: latent frames per step of streaming.
+  latent channel, () = 0 and 1. chunk: latent frames per step of streaming. tile: side in
+  pixels of the square tiles in which larger frames are coded, a quarter of it shared with the next
+  tile and blended; 0 = whole frames.
   """
 
   base: int = 160
@@ -29,6 +31,7 @@ class VAEConfig:
   latent_mean: tuple[float, ...] = ()
   latent_std: tuple[float, ...] = ()
   chunk: int = 1
+  tile: int = 0
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of convolutions; norms and softmax: float32
 
   def __post_init__(self):
@@ -36,6 +39,11 @@ class VAEConfig:
       len(self.temporal_downsample) == len(self.dim_mult) - 1,
       f'model.codec.vae.temporal_downsample: expected {len(self.dim_mult) - 1} entries, one less '
       f'than dim_mult {self.dim_mult}, got {self.temporal_downsample}.',
+    )
+    step = 4 * self.spatial
+    require(
+      self.tile >= 0 and self.tile % step == 0,
+      f'model.codec.vae.tile: expected 0 or a multiple of {step} pixels, got {self.tile}.',
     )
     require(self.chunk >= 1, f'model.codec.vae.chunk: expected >= 1, got {self.chunk}.')
 

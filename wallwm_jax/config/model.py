@@ -148,6 +148,16 @@ class ModelConfig:
     return tuple(s // self.codec.spatial for s in self.image_size)
 
   @property
+  def video_inputs(self) -> int:
+    """Channels the video tower reads: noised latents and, under 'channel' conditioning, a mask
+    channel for each raw frame of a latent frame and the known latents (Wan's image-to-video).
+    """
+    channels = self.codec.channels
+    if self.video.conditioning == 'frame':
+      return channels
+    return 2 * channels + self.codec.temporal
+
+  @property
   def patches(self) -> int:
     """P, tokens of one view-frame."""
     (h, w), (_, ph, pw) = self.latent_size, self.video.patch

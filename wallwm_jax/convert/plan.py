@@ -53,7 +53,7 @@ FAMILIES = {
     ),
     Family(
       'wan-vae', 'codec', wan_vae, 'vae', 'diffusion_pytorch_model',
-      ('weights', 'vae.dtype', 'vae.chunk', 'vae.latent_mean', 'vae.latent_std'),
+      ('weights', 'vae.dtype', 'vae.chunk', 'vae.tile', 'vae.latent_mean', 'vae.latent_std'),
     ),
     Family(
       'umt5', 'text', umt5, 'text_encoder', 'model', ('weights', 'cache', 'tokens', 'umt5.dtype')

@@ -108,8 +108,10 @@ def encode_video(
   if config.codec.kind == 'dct':
     return dct.encode(config.codec, frames)
   vae = _bind(WanVAE, config.codec, codec)
+  tile = config.codec.vae.tile
+  encode = functools.partial(vae.tiled_encode, tile=tile, overlap=tile // 4) if tile else vae.encode
   pixels = jnp.moveaxis(frames, 1, 0)
-  latents = jax.lax.map(lambda x: vae.encode(x.astype(jnp.float32) / 127.5 - 1.0), pixels)
+  latents = jax.lax.map(lambda x: encode(x.astype(jnp.float32) / 127.5 - 1.0), pixels)
   return jnp.moveaxis(latents, 0, 1)
 
 
@@ -120,7 +122,9 @@ def decode_video(
   if config.codec.kind == 'dct':
     return dct.decode(config.codec, latents)
   vae = _bind(WanVAE, config.codec, codec)
-  frames = jax.lax.map(vae.decode, jnp.moveaxis(latents, 1, 0))
+  tile = config.codec.vae.tile
+  decode = functools.partial(vae.tiled_decode, tile=tile, overlap=tile // 4) if tile else vae.decode
+  frames = jax.lax.map(decode, jnp.moveaxis(latents, 1, 0))
   return jnp.moveaxis(0.5 * frames + 0.5, 0, 1)
 
 

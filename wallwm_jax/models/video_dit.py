@@ -114,11 +114,8 @@ class VideoTower(nnx.Module):
     c, dtype = config.video, jnp.dtype(config.dtype)
     self.config = config
     channels = config.codec.channels
-    # Channel conditioning appends a mask channel per raw frame of a latent frame, then the known
-    # latents (Wan's image-to-video convention).
-    d_in = channels if c.conditioning == 'frame' else 2 * channels + config.codec.temporal
     cells = c.patch[1] * c.patch[2]
-    self.patch_embed = Linear(cells * d_in, c.width, dtype=dtype, rngs=rngs)
+    self.patch_embed = Linear(cells * config.video_inputs, c.width, dtype=dtype, rngs=rngs)
     self.time_in = Linear(c.freq_dim, c.width, dtype=jnp.float32, rngs=rngs)
     self.time_out = Linear(c.width, c.width, dtype=jnp.float32, rngs=rngs)
     self.time_proj = Linear(c.width, 6 * c.width, dtype=jnp.float32, rngs=rngs, scale=0.0)

@@ -41,9 +41,8 @@ def video_macs(config: ExperimentConfig, bucket: int) -> float:
     attention += 2 * d * views * patches
   text = 2 * d * d * model.text.tokens
   cells, channels = c.patch[1] * c.patch[2], model.codec.channels
-  given = 2 * channels + 1 if c.conditioning == 'channel' else channels
   time = frames * d * (c.freq_dim + (8 if c.cross_view else 7) * d)
-  ends = tokens * d * cells * (given + channels)
+  ends = tokens * d * cells * (model.video_inputs + channels)
   return c.layers * (tokens * (linear + attention) + text) + time + ends
 
 
