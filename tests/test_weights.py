@@ -159,7 +159,7 @@ def test_load_names_every_parameter_that_differs(tmp_path):
     weights.load(tmp_path / 'w', 'text', target())
 
 
-def test_folders_that_are_none_and_manifests_that_are_damaged(tmp_path):
+def test_folders_that_are_none_and_manifests_that_are_damaged(tmp_path, monkeypatch):
   assert not weights.is_weights(tmp_path)
   with pytest.raises(CheckpointError, match='wallwm convert'):
     weights.read_manifest(tmp_path)
@@ -169,6 +169,8 @@ def test_folders_that_are_none_and_manifests_that_are_damaged(tmp_path):
     assert weights.is_weights(tmp_path)
     with pytest.raises(CheckpointError, match=word):
       weights.read_manifest(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  assert not weights.is_weights('')  # an empty setting, wherever the run is started
 
 
 def test_the_digest_knows_values_and_tokenizer_but_not_the_mesh(tmp_path):

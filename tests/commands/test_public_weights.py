@@ -19,7 +19,7 @@ from wallwm_jax.convert.torch_config import torch_config
 from wallwm_jax.models import functional
 from wallwm_jax.training.checkpoints import load_inference
 from wallwm_jax.training.pretrained import load_video
-from wallwm_jax.types import Text
+from wallwm_jax.types import CheckpointError, Text
 
 TOKENIZER = pathlib.Path(__file__).parents[1] / 'fixtures/data/umt5_tokenizer.json'
 EXPERIMENT = """
@@ -85,15 +85,20 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_latents_training_and_video_from_public_files(root, store, capsys):
+def test_latents_training_and_video_from_public_files(root, store, capsys, monkeypatch):
   experiment = root / 'experiment.py'
   run('data', 'encode', store.path, '--config', experiment, '--out', root / 'latents',
       '--dtype', 'float32')
   run('data', 'verify', root / 'latents')
   common = ['--config', experiment, f'--config.data.store={store.path}', '--quiet']
   run('train', *common, '--workdir', root / 'frames')
+  # Where latents are at hand the codec need not be.
   run('train', *common, '--workdir', root / 'latent-run',
-      f'--config.data.latents={root / "latents"}')
+      f'--config.data.latents={root / "latents"}', '--config.model.codec.weights=nowhere')
+  with pytest.raises(CheckpointError, match='nowhere'):
+    load_inference(root / 'latent-run')
+  shutil.copytree(root / 'vae', root / 'elsewhere' / 'nowhere')
+  monkeypatch.chdir(root / 'elsewhere')
   losses = [
     [json.loads(line)['loss'] for line in (root / name / 'metrics.jsonl').read_text().splitlines()]
     for name in ('frames', 'latent-run')
@@ -117,6 +122,9 @@ def test_a_run_does_not_start_from_weights_of_another_model(root, store, capsys)
                f'--config.data.store={store.path}', '--config.model.video.eps=1e-6']
   assert cli.main([str(a) for a in arguments]) == 1
   assert 'eps: expected 1e-06, got 1e-05' in capsys.readouterr().err
+  arguments[-1] = f'--config.train.init_from={root / "vae"}'
+  assert cli.main([str(a) for a in arguments]) == 1
+  assert 'expected weights of the video component, got codec' in capsys.readouterr().err
 
 
 def test_channels_for_given_frames_start_at_zero(root):

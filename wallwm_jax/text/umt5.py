@@ -165,10 +165,7 @@ class UMT5TextEncoder:
 
   def _check_manifest(self) -> None:
     """What the shapes of the parameters do not show: epsilon, and how far the buckets reach."""
-    manifest = weights.read_manifest(self._config.weights)
-    if manifest.component != 'text':
-      return  # `weights.load` refuses it
-    stored = manifest.fields['config']
+    stored = weights.read_manifest(self._config.weights, 'text').fields['config']
     ours, theirs = _sizes(self._config), stored['umt5'] | {'width': stored['width']}
     wrong = [
       f'{name}: expected {value!r}, got {theirs.get(name)!r}'
@@ -239,7 +236,7 @@ def _identity(c: TextConfig) -> caches.Identity | None:
 
 
 def _has_weights(c: TextConfig) -> bool:
-  return bool(c.weights) and weights.is_weights(c.weights)
+  return weights.is_weights(c.weights)
 
 
 def _tokenizer_path(c: TextConfig) -> pathlib.Path:

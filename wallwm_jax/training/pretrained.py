@@ -49,14 +49,15 @@ def load_codec(model: ModelConfig, mesh: Mesh | None = None) -> Params:
 
 def codec_digest(model: ModelConfig) -> str:
   """Identity of the codec's weights; '' for a codec without, or where they are not at hand."""
-  return weights.digest(model.codec.weights) if model.codec.weights else ''
+  path = model.codec.weights
+  return weights.digest(path) if weights.is_weights(path) else ''
 
 
 def latent_encoder(model: ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
   """What `data.stats.compute` measures latents with; None for codecs of known statistics."""
   if model.codec.published_stats() is not None:
     return None
-  encode = jax.jit(lambda frames: functional.encode_video(model, frames, load_codec(model)))
+  encode = jax.jit(lambda frames: functional.encode_video(model, frames, {}))
   return lambda frames: np.asarray(encode(frames))
 
 
@@ -79,7 +80,7 @@ def load_video(path: str, model: ModelConfig, target: Params) -> Params:
   Raises:
     CheckpointError: weights of another architecture, naming the fields or parameters that differ.
   """
-  fields = weights.read_manifest(path).fields
+  fields = weights.read_manifest(path, 'video').fields
   theirs, ours = fields['config'], model.video
   expected = {name: getattr(ours, name) for name in _MUST_AGREE}
   expected |= {'channels': model.codec.channels, 'text_width': model.text.width}

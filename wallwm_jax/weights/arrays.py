@@ -149,13 +149,7 @@ def load(path: str | os.PathLike, component: str, target: Params) -> Params:
     CheckpointError: no weight folder, one of another component, parameters that are missing, extra
       or of another shape (all of them named), or unreadable bytes.
   """
-  manifest = read_manifest(path)
-  if manifest.component != component:
-    raise CheckpointError(
-      f'{path}: expected weights of the {component} component, got {manifest.component} '
-      f'(`wallwm convert {manifest.family}`).'
-    )
-  _check(manifest.leaves, target, path)
+  _check(read_manifest(path, component).leaves, target, path)
   here = SingleDeviceSharding(jax.devices()[0])
   target = jax.tree.map(
     lambda s: s if s.sharding else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), target

@@ -57,15 +57,15 @@ class Manifest:
 
 
 def is_weights(path: str | os.PathLike) -> bool:
-  """Whether `path` is a folder that a conversion wrote."""
-  return (pathlib.Path(path) / NAME).is_file()
+  """Whether `path` is a folder that a conversion wrote; '' is none."""
+  return bool(str(path)) and (pathlib.Path(path) / NAME).is_file()
 
 
-def read_manifest(path: str | os.PathLike) -> Manifest:
-  """The manifest of a weight folder.
+def read_manifest(path: str | os.PathLike, component: Component | None = None) -> Manifest:
+  """The manifest of a weight folder, which must hold `component` if one is given.
 
   Raises:
-    CheckpointError: no weight folder, a damaged manifest, or one of another format.
+    CheckpointError: no weight folder, a damaged manifest, or one of another format or component.
   """
   file = pathlib.Path(path) / NAME
   if not file.is_file():
@@ -76,14 +76,20 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
   try:
     values = json.loads(file.read_text())
     found = values.pop('format')
-    if found == FORMAT:
-      return Manifest(**values)
+    manifest = Manifest(**values) if found == FORMAT else None
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise CheckpointError(f'{file} is damaged ({error}). Convert the checkpoint again.') from error
-  raise CheckpointError(
-    f'{file}: expected format {FORMAT}, got {found!r}. Use the version of wallwm_jax that wrote '
-    'it, or convert the checkpoint again.'
-  )
+  if manifest is None:
+    raise CheckpointError(
+      f'{file}: expected format {FORMAT}, got {found!r}. Use the version of wallwm_jax that wrote '
+      'it, or convert the checkpoint again.'
+    )
+  if component not in (None, manifest.component):
+    raise CheckpointError(
+      f'{path}: expected weights of the {component} component, got {manifest.component} '
+      f'(`wallwm convert {manifest.family}`).'
+    )
+  return manifest
 
 
 def write_manifest(path: str | os.PathLike, manifest: Manifest) -> None:
