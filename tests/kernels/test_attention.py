@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from wallwm_jax.kernels.attention import api, reference, xla
 from wallwm_jax.types import ConfigError
@@ -189,3 +190,25 @@ def test_blocks_of_queries_change_nothing(monkeypatch, queries, mask_shape, bias
   if mask.shape[-2] > 1:
     hidden = np.broadcast_to(~mask.any(-1), (2, 2, queries)).swapaxes(1, 2)
     assert hidden.any() and not np.asarray(blocks)[hidden].any()
+
+
+@pytest.mark.parametrize('axis', ['batch', 'tokens', 'heads'])
+def test_blocks_of_queries_stay_split_over_devices(monkeypatch, axis):
+  """Eight devices get the values and gradients of one, each for its own queries."""
+  monkeypatch.setattr(xla, '_LONG', 1)
+  monkeypatch.setattr(xla, '_BLOCK', 8)
+  rng = np.random.default_rng(16)
+  q, k, v, weight = (rng.normal(size=(8, 64, 8, 4)).astype(np.float32) for _ in range(4))
+  mesh = jax.make_mesh((8,), (axis,), axis_types=(AxisType.Auto,))
+  split = [axis if name == axis else None for name in ('batch', 'tokens', 'heads')]
+  place = NamedSharding(mesh, PartitionSpec(*split))
+
+  def loss(q, k, v):
+    out = xla.attention(q, k, v, None, None)
+    return (out * weight).sum(), out
+
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+  sharded = jax.jit(
+      jax.grad(loss, argnums=(0, 1, 2), has_aux=True), in_shardings=place, out_shardings=place)
+  expected, got = gradient(q, k, v), sharded(*jax.device_put((q, k, v), place))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
