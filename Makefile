@@ -34,7 +34,7 @@ lint: $(STAMP)  ## ruff, and every file parses
 
 fixtures: $(TORCH)/.installed $(STAMP)  ## make the parity fixtures anew with the public torch models, and compare
 	rm -rf .cache/fixtures
-	for family in wan_dit wan_vae umt5 samplers; do \
+	for family in wan_dit wan_vae umt5 qwen qwen_chat samplers; do \
 	  HF_HUB_OFFLINE=1 $(TORCH)/bin/python tests/fixtures/$$family.py --out .cache/fixtures || exit 1; \
 	done
 	$(BIN)/python tests/fixtures/compare.py .cache/fixtures

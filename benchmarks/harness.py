@@ -21,10 +21,18 @@ from wallwm_jax.types import Frozen, NormStats
 
 
 def time_side_by_side(
-  calls: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2
+  calls: Mapping[str, Callable[[], Any]],
+  *,
+  rounds: int,
+  warmup: int = 2,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
   """Seconds of every call in every round. Calls alternate, so noise of a shared machine meets all
   of them.
+
+  Args:
+    clock: `time.process_time` counts the processor time of all threads instead, which other jobs
+      of a busy machine disturb less.
   """
   for _ in range(warmup):
     for call in calls.values():
@@ -32,9 +40,9 @@ def time_side_by_side(
   times: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      start = time.perf_counter()
+      start = clock()
       jax.block_until_ready(call())
-      times[name].append(time.perf_counter() - start)
+      times[name].append(clock() - start)
   return times
 
 

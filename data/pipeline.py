@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -17,10 +17,15 @@ from wallwm_jax.config import ExperimentConfig, nearest
 from wallwm_jax.data.captions import CaptionTable, EncodeText
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.sampler import EventPlan, assign_buckets
-from wallwm_jax.data.schema import LEVELS
 from wallwm_jax.data.store import EventStore
-from wallwm_jax.data.transforms import Draw, WindowReader, pick_caption
-from wallwm_jax.types import CheckpointError, ConfigError, EventBatch, NormStats
+from wallwm_jax.data.transforms import (
+  Draw,
+  EncodePrompts,
+  Instructions,
+  WindowReader,
+  event_captions,
+)
+from wallwm_jax.types import CheckpointError, ConfigError, EventBatch, LanguageBatch, NormStats
 
 _ENDLESS = 2**60  # elements of the training stream
 
@@ -31,36 +36,52 @@ class PlanSource:
   Element i belongs to batch i // batch_size. Hosts take every process_count-th element of a batch;
   slots are dealt so that host h receives the contiguous slots h * batch_size / process_count
   onwards, as a sharded global array expects.
+
+  Args:
+    moments: rows of the event index whose single frames are drawn, in bucket 0, in every other
+      batch the first ones; None = windows of the events of config.data.split.
   """
 
-  def __init__(self, store: EventStore, config: ExperimentConfig, process_count: int):
-    self._config, self._process_count = config, process_count
-    self._events = split_events(store, config)
-    self._start, self._end = store.column('start'), store.column('end')
-    buckets = event_buckets(store, config)[self._events]
-    labels = store.column('label')[self._events]
+  def __init__(
+    self,
+    store: EventStore,
+    config: ExperimentConfig,
+    process_count: int,
+    moments: np.ndarray | None = None,
+  ):
     data = config.data
+    self._batch_size, self._process_count = data.batch_size, process_count
+    self._start, self._end = store.column('start'), store.column('end')
+    self._moments = moments is not None
+    self._inside = self._moments or data.window == 'chunk'
+    if moments is None:
+      self._events, self._futures = split_events(store, config), data.buckets
+      buckets = event_buckets(store, config)[self._events]
+    else:
+      self._events, self._futures, buckets = moments, (0,), np.zeros(len(moments), np.int64)
+    labels = store.column('label')[self._events]
     self._plan = EventPlan(labels, buckets, data.batch_size, data.balance, data.seed)
 
   def __len__(self) -> int:
     return _ENDLESS
 
   def __getitem__(self, index: int) -> Draw:
-    data, hosts = self._config.data, self._process_count
-    step, place = divmod(int(index), data.batch_size)
-    slot = place % hosts * (data.batch_size // hosts) + place // hosts
+    batch, hosts = self._batch_size, self._process_count
+    step, place = divmod(int(index), batch)
+    slot = place % hosts * (batch // hosts) + place // hosts
     event = int(self._events[self._plan.event(step, slot)])
     anchor = int(self._start[event])
-    if data.window == 'chunk':
+    choice = self._plan.uniform(step, slot + batch, 2**32)  # beyond the slots: another stream
+    if self._inside and not (self._moments and step % 2):
       anchor += self._plan.uniform(step, slot, int(self._end[event]) - anchor - 1)
-    return Draw(event, data.buckets[self._plan.bucket(step)], anchor)
+    return Draw(event, self._futures[self._plan.bucket(step)], anchor, choice)
 
   def __repr__(self) -> str:
     return f'PlanSource({len(self._events)} events)'
 
 
-class BatchIterator(Iterator[EventBatch]):
-  """Endless EventBatches (NumPy, this host's part); iterate with next().
+class BatchIterator(Iterator[EventBatch | LanguageBatch]):
+  """Endless batches (NumPy, this host's part); iterate with next().
 
   The state is the next batch's place in the plan and a fingerprint of everything the plan depends
   on: it is the same on every host and does not depend on workers, threads or the number of hosts.
@@ -69,7 +90,7 @@ class BatchIterator(Iterator[EventBatch]):
   def __init__(self, batches: grain.experimental.ElasticIterator, plan: dict, shared_memory: bool):
     self._batches, self._plan, self._shared_memory = batches, plan, shared_memory
 
-  def __next__(self) -> EventBatch:
+  def __next__(self) -> EventBatch | LanguageBatch:
     batch = next(self._batches)
     # Worker processes hand over shared memory, which must not outlive the interpreter: keep a copy.
     return jax.tree.map(np.array, batch) if self._shared_memory else batch
@@ -106,6 +127,7 @@ def make_dataset(
   store: EventStore,
   norm: NormStats,
   encode_text: EncodeText,
+  prompts: EncodePrompts | None = None,
   *,
   process_index: int = 0,
   process_count: int = 1,
@@ -117,11 +139,41 @@ def make_dataset(
       are scaled with.
     encode_text: list of captions -> Text features [n, X, E] (NumPy), called once with the distinct
       captions.
+    prompts: list of instructions -> Prompt [n, S] (NumPy), for batches with prompts.
     process_index, process_count: this host among all; every global batch is divided evenly.
 
   Raises:
     ConfigError: the store does not fit the config (cameras, action width, empty split) or the
       batch the hosts.
+  """
+  plan = fingerprint(config, store)
+  if prompts is not None:
+    plan['phrasing'] = config.data.phrasing
+  return open_stream(
+    config,
+    PlanSource(store, config, process_count),
+    make_reader(config, store, norm, encode_text, prompts),
+    plan,
+    process_index,
+    process_count,
+  )
+
+
+def open_stream(
+  config: ExperimentConfig,
+  source: PlanSource,
+  read: Callable[[Draw], EventBatch | LanguageBatch],
+  plan: dict,
+  process_index: int,
+  process_count: int,
+) -> BatchIterator:
+  """Batches of what `read` makes of the draws of `source`.
+
+  Args:
+    plan: what the stream depends on, JSON-serialisable; part of the iterator's state.
+
+  Raises:
+    ConfigError: hosts that do not divide the batch.
   """
   data = config.data
   if data.batch_size % process_count:
@@ -130,8 +182,7 @@ def make_dataset(
     )
   if data.workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start on unparsed absl flags
-  source = PlanSource(store, config, process_count)
-  windows = grain.MapDataset.source(source).map(make_reader(config, store, norm, encode_text))
+  windows = grain.MapDataset.source(source).map(read)
   batches = grain.experimental.ElasticIterator(
     windows,
     data.batch_size,
@@ -143,23 +194,24 @@ def make_dataset(
     if data.workers
     else None,
   )
-  return BatchIterator(batches, _fingerprint(config, store), shared_memory=data.workers > 0)
+  return BatchIterator(batches, plan, shared_memory=data.workers > 0)
 
 
 def make_reader(
-  config: ExperimentConfig, store: EventStore, norm: NormStats, encode_text: EncodeText
+  config: ExperimentConfig,
+  store: EventStore,
+  norm: NormStats,
+  encode_text: EncodeText,
+  prompts: EncodePrompts | None = None,
 ) -> WindowReader:
   """A WindowReader whose captions are encoded once, here, in the calling process."""
-  levels = {level: store.column(level) for level in LEVELS}
-  captions = [
-    pick_caption({k: v[i] for k, v in levels.items()}, config.data.window)
-    for i in range(len(store.events))
-  ]
+  captions = event_captions(store, config.data.window)
   distinct, row = np.unique(np.array(captions, dtype=object), return_inverse=True)
   table = CaptionTable(encode_text, distinct.tolist())
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
-  return WindowReader(store, config, norm, table, row, latents)
+  ask = prompts and Instructions(store, config.data.phrasing, prompts)
+  return WindowReader(store, config, norm, table, row, latents, ask)
 
 
 def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
@@ -205,16 +257,16 @@ def event_buckets(store: EventStore, config: ExperimentConfig) -> np.ndarray:
   )
 
 
-def stack(elements: list[EventBatch]) -> EventBatch:
-  """Elements without a batch axis as one EventBatch."""
+def stack(elements: list[EventBatch] | list[LanguageBatch]) -> EventBatch | LanguageBatch:
+  """Elements without a batch axis as one batch."""
   return jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
 
 
-def _fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
+def fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
   data = {
     k: v
     for k, v in dataclasses.asdict(config.data).items()
-    if k not in ('store', 'latents', 'workers', 'threads')
+    if k not in ('store', 'latents', 'workers', 'threads', 'phrasing', 'text')
   }
   shape = [
     config.model.views,

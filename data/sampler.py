@@ -105,7 +105,7 @@ class EventPlan:
 
   def uniform(self, step: int, slot: int, size: int) -> int:
     """A number in 0..size-1 that depends on (seed, step, slot) only."""
-    return _mix(_mix(_mix(self._seed) ^ step) ^ slot) % size
+    return mix64(mix64(mix64(self._seed) ^ step) ^ slot) % size
 
   def _order(self, place: int, label: int, epoch: int) -> np.ndarray:
     key = (place, label, epoch)
@@ -147,7 +147,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
   return counts
 
 
-def _mix(x: int) -> int:
+def mix64(x: int) -> int:
   """splitmix64 finaliser."""
   x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
   x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF

@@ -10,30 +10,38 @@ repeated and the last target held (the end pose is supervised); beyond them ever
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.data import images
+from wallwm_jax.data import images, traces
 from wallwm_jax.data.captions import CaptionTable
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.geometry.poses import relative_pose
-from wallwm_jax.types import Cameras, EventBatch, NormStats
+from wallwm_jax.types import Cameras, EventBatch, NormStats, Prompt
 
-EVENT_CAPTION_ORDER = ('L1', 'L0', 'L2', 'L3', 'human')  # the most specific level that is there
-CHUNK_CAPTION_ORDER = ('L3',)
+EncodePrompts = Callable[[Sequence[str]], Prompt]
+
+# Which level says what happens in a window, and what was asked for: the first that is there.
+CAPTION_ORDERS = {
+  'event': ('L1', 'L0', 'L2', 'L3', 'human'),
+  'chunk': ('L3',),
+  'instruction': ('L3', 'L2', 'human', 'L1', 'L0'),
+}
 
 
 class Draw(NamedTuple):
-  """One planned window: row of the event index, future latents N, raw anchor frame in the
-  episode."""
+  """One planned window: row of the event index, future latents N, raw anchor frame in the episode,
+  and a number that decides between wordings of its instruction."""
 
   event: int
   bucket: int
   anchor: int
+  choice: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,10 +80,37 @@ def cut_window(
   )
 
 
-def pick_caption(captions: dict[str, str], window: str) -> str:
-  """The caption a window is trained with ('' if there is none): window 'event' or 'chunk'."""
-  order = EVENT_CAPTION_ORDER if window == 'event' else CHUNK_CAPTION_ORDER
+def pick_caption(captions: dict[str, str], purpose: str) -> str:
+  """The caption ('' if there is none) that a window 'event' or 'chunk' is trained with, or the
+  'instruction' that it was recorded for."""
+  order = CAPTION_ORDERS[purpose]
   return next((captions[level] for level in order if captions.get(level)), '')
+
+
+def event_captions(store: EventStore, purpose: str) -> list[str]:
+  """`pick_caption` of every event of a store."""
+  levels = [store.column(level) for level in CAPTION_ORDERS[purpose]]
+  return [next((text for text in texts if text), '') for texts in zip(*levels)]
+
+
+class Instructions:
+  """Prompts of the events of a store, in one of the wordings of their instruction; picklable.
+
+  Args:
+    phrasing: 'canonical', 'train' or 'heldout' wordings. prompts: texts -> Prompt [n, S] (NumPy).
+  """
+
+  def __init__(self, store: EventStore, phrasing: str, prompts: EncodePrompts):
+    self.canonical = event_captions(store, 'instruction')
+    self._phrasing, self._prompts = phrasing, prompts
+
+  def wording(self, draw: Draw) -> str:
+    return traces.instruct(self.canonical[draw.event], self._phrasing, draw.choice)
+
+  def __call__(self, draw: Draw) -> Prompt:
+    """Without a batch axis: ids [S], mask [S]."""
+    prompt = self._prompts([self.wording(draw)])
+    return Prompt(prompt.ids[0], prompt.mask[0])
 
 
 class WindowReader:
@@ -87,6 +122,7 @@ class WindowReader:
     norm: statistics that actions and state are normalised with.
     captions: features of the distinct captions; caption_of: int [events], caption of each event.
     latents: precomputed ones that take the place of frames; None = none.
+    ask: prompts of the events; None = none are wanted.
   """
 
   def __init__(
@@ -97,8 +133,9 @@ class WindowReader:
     captions: CaptionTable,
     caption_of: np.ndarray,
     latents: LatentStore | None = None,
+    ask: Instructions | None = None,
   ):
-    self._latents = latents
+    self._latents, self._ask = latents, ask
     self._store, self._config, self._norm = store, config, norm
     self._captions, self._caption_of = captions, caption_of
     self._episode, self._start, self._end, self._uid = (
@@ -128,8 +165,9 @@ class WindowReader:
       view_mask=view_mask,
       pixel_mask=pixel_mask,
       cameras=cameras,
-      uid=self._window_uid(draw),
+      uid=self.uid(draw),
       latents=latents,
+      prompt=self._ask and self._ask(draw),
     )
 
   def window(self, draw: Draw) -> Window:
@@ -157,6 +195,11 @@ class WindowReader:
       left, 1 + self._config.data.stride * self._config.model.steps_per_latent * draw.bucket
     )
 
+  def state(self, draw: Draw) -> np.ndarray:
+    """[A] at the anchor, physical units; the training mean for action-free video."""
+    state = self._info(draw).state
+    return np.asarray(self._norm.state_mean) if state is None else state[draw.anchor]
+
   def robot(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Physical units: state [A] at the anchor, actions [K, A] relative to it, mask [K, A].
 
@@ -164,10 +207,8 @@ class WindowReader:
     """
     info, window = self._info(draw), self.window(draw)
     shape = (len(window.targets), self._config.model.action_spec.dim)
-    if info.state is None:
-      return np.asarray(self._norm.state_mean), np.zeros(shape, np.float32), np.zeros(shape, bool)
-    state = info.state[draw.anchor]
-    if info.actions is None:
+    state = self.state(draw)
+    if info.state is None or info.actions is None:
       return state, np.zeros(shape, np.float32), np.zeros(shape, bool)
     mask = np.broadcast_to(np.arange(shape[0])[:, None] < window.num_steps, shape)
     actions = relative_pose(state[None], info.actions[window.targets])
@@ -218,7 +259,7 @@ class WindowReader:
   def _info(self, draw: Draw) -> EpisodeInfo:
     return self._store.info(int(self._episode[draw.event]))
 
-  def _window_uid(self, draw: Draw) -> np.ndarray:
-    """[2] uint32: the event's id, in chunk windows offset by the anchor's place in the event."""
+  def uid(self, draw: Draw) -> np.ndarray:
+    """[2] uint32: the event's id, offset by the anchor's place in the event."""
     uid = (int(self._uid[draw.event]) + draw.anchor - int(self._start[draw.event])) % 2**64
     return np.array([uid & 0xFFFFFFFF, uid >> 32], np.uint32)

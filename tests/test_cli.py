@@ -42,6 +42,7 @@ def test_every_promised_command_exists():
   found = {' '.join(words) for words in commands(cli.make_parser())}
   assert found >= {
     'quickstart',
+    'convert qwen',
     'convert umt5',
     'convert wan-dit',
     'convert wan-vae',
@@ -50,9 +51,11 @@ def test_every_promised_command_exists():
     'data inspect',
     'data stats',
     'data verify',
+    'tiny-vlm',
     'train',
     'eval openloop',
     'eval closedloop',
+    'eval language',
     'eval video',
     'rollout',
     'export',

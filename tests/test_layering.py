@@ -29,7 +29,7 @@ ALLOWED = {
   'weights': VOCABULARY | {'parallel'},
   'text': VOCABULARY | {'models.functional', 'parallel', 'weights'},
   'inference': VOCABULARY
-  | {'models.functional', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
+  | {'models.functional', 'models.language', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
   'envs': VOCABULARY | {'geometry', 'data.schema'},
   'evaluation': VOCABULARY | {'envs', 'geometry'},
   'training': VOCABULARY
@@ -41,6 +41,7 @@ ALLOWED = {
     'parallel',
     'data',
     'models.functional',
+    'models.language',
     'inference',
     'text',
     'weights',

@@ -9,9 +9,19 @@ import logging
 import os
 import sys
 
-from wallwm_jax.commands import bench, convert, data, evaluate, export, quickstart, rollout, train
+from wallwm_jax.commands import (
+  bench,
+  convert,
+  data,
+  evaluate,
+  export,
+  quickstart,
+  rollout,
+  tiny_vlm,
+  train,
+)
 
-VERBS = (quickstart, data, convert, train, evaluate, rollout, export, bench)
+VERBS = (quickstart, data, convert, tiny_vlm, train, evaluate, rollout, export, bench)
 TAKES_OVERRIDES = 'overrides'  # set by verbs that accept --config.section.field=value
 
 

@@ -10,15 +10,20 @@ from wallwm_jax.config import (
   DataConfig,
   DiffusionConfig,
   ExperimentConfig,
+  HeadsConfig,
   InferenceConfig,
+  LanguageConfig,
   MeshConfig,
   ModelConfig,
   OptimConfig,
+  QwenConfig,
+  StaircaseConfig,
   TextConfig,
   TrainConfig,
   UMT5Config,
   VAEConfig,
   VideoConfig,
+  VisionTowerConfig,
 )
 
 # Video towers of the public Wan checkpoints.
@@ -83,6 +88,21 @@ CODECS = {
 # The text encoder of both.
 UMT5_XXL = TextConfig(kind='umt5', tokens=512, width=4096, umt5=UMT5Config())
 
+# Vision-language models: the small one, without its vision tower, is also the reader of stage 4.
+QWEN = {
+  'qwen3_5_0_8b': QwenConfig(),
+  'qwen3_5_9b': QwenConfig(
+    width=4096,
+    ffn=12_288,
+    layer_types=('linear', 'linear', 'linear', 'full') * 8,
+    heads=16,
+    kv_heads=4,
+    linear_value_heads=32,
+    tied=False,
+    vision=VisionTowerConfig(layers=27, width=1152, heads=16, ffn=4304),
+  ),
+}
+
 
 def tabletop() -> ExperimentConfig:
   """Stage 1 of the small model for the embedded tabletop: three 48x48 cameras, float32, minutes on
@@ -108,6 +128,60 @@ def tabletop() -> ExperimentConfig:
     optim=OptimConfig(lr=4e-3, warmup_steps=40, weight_decay=0.02),
     train=TrainConfig(ema=0.99, log_every=20, checkpoint_every=500),
     inference=InferenceConfig(video_steps=2, action_steps=5),
+  )
+
+
+def tabletop_language(folder: str, config: ExperimentConfig | None = None) -> ExperimentConfig:
+  """`tabletop` (or `config`) with a language side in Qwen3.5's architecture, small enough to be
+  made from scratch on the tabletop's texts (stage 'vlm').
+
+  Args:
+    folder: has, or will have, the weights of the small VLM and of the reader in vlm/ and reader/.
+  """
+  layers = ('linear', 'full')
+  reader = QwenConfig(
+    vocab=512,
+    width=128,
+    ffn=384,
+    layer_types=layers,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    linear_key_heads=2,
+    linear_value_heads=4,
+    linear_key_dim=32,
+    linear_value_dim=32,
+    rotary=0.5,
+    mrope_section=(4, 2, 2),
+    rope_theta=1e4,
+    vision=VisionTowerConfig(layers=0),
+    image_token=5,
+    video_token=6,
+    dtype='float32',
+    weights=f'{folder}/reader',
+  )
+  vlm = dataclasses.replace(
+    reader,
+    layer_types=2 * layers,
+    vision=VisionTowerConfig(
+      layers=3, width=96, heads=4, ffn=256, patch=8, temporal=1, positions=36
+    ),
+    weights=f'{folder}/vlm',
+  )
+  config = config or tabletop()
+  return dataclasses.replace(
+    config,
+    name=f'{config.name}_language',
+    language=LanguageConfig(
+      kind='qwen',
+      vlm=vlm,
+      reader=reader,
+      staircase=StaircaseConfig(latents=8, relay_depth=1),
+      heads=HeadsConfig(width=128, heads=4, time_unit=0.1),
+      prompt_tokens=96,
+      answer_tokens=16,
+      trace_tokens=64,
+    ),
   )
 
 

@@ -8,6 +8,8 @@ Axis letters used in every docstring of the project:
   D  model width                L  layers                     R  action noise draws over one video
   forward K  action steps, K = K_p * N  A  action (and state) width   X  text tokens
   E  text feature width         S  tokens of a sequence       J  key/value tokens, J = V * F * P
+  Z  latent reasoning states    Y  tokens of an answer        M  tokens of a reasoning trace
+  I  captions of a table        U  vocabulary
 
 Units: positions m, rotations as the first two columns of the rotation matrix (6D), gripper 0
 (closed) to 1 (open), times in frames unless a name says `_s`.
@@ -112,6 +114,75 @@ class Observation:
 
 
 @pytree_dataclass
+class Prompt:
+  """What a VLM is asked, as token ids padded behind: ids [B, S] int32, mask [B, S] (True = real).
+
+  The digits of the robot's state are still '0'; `language.read_prompt` fills them in.
+  """
+
+  ids: Int[Array, 'B S']
+  mask: Bool[Array, 'B S']
+
+
+@pytree_dataclass
+class PromptLayout:
+  """The part that all prompts of a config share: images, then the state, then what varies.
+
+  positions: [3, S] int32 rotary positions (time, row, column). view: [S] int32, the camera an image
+  token belongs to, -1 elsewhere. channels: [A'] int32 state channels that are told, in order;
+  slots: [A', 2] int32, where the two digits of each stand. digits: [10] int32 ids of '0'..'9'.
+  opening: [n] int32, what every plan begins with.
+  """
+
+  positions: Int[Array, '3 S']
+  view: Int[Array, 'S']
+  channels: Int[Array, 'A']
+  slots: Int[Array, 'A 2']
+  digits: Int[Array, '10']
+  opening: Int[Array, 'N']
+
+
+@pytree_dataclass
+class Language:
+  """The frozen language side: parameters of the VLM and of the small language model (each {} where
+  it is not needed), how prompts are laid out, and the captions that the next-event head may choose:
+  bank [I, E], one feature vector each, and answers [I, Y], the plan that names it.
+  """
+
+  vlm: Params
+  reader: Params
+  layout: PromptLayout
+  bank: Float[Array, 'I E']
+  answers: Prompt
+
+
+@pytree_dataclass
+class LanguageBatch:
+  """One batch of moments inside events, for the stages of the language side.
+
+  frames: [B, V, H, W, 3] uint8 of that moment; state: [B, A] normalised; view_mask: [B, V].
+  prompt: instruction of the episode. answer [B, Y]: caption of the running event, trace [B, M]:
+  reasoning that leads to it, as token ids with masks; text: frozen encoder's features of that
+  caption; caption: [B] its row in `Language.bank`; last: [B] that of the event completed before it,
+  -1 = none. remaining: [B] s to the end of the event;
+  duration: [B] s of all of it. uid: [B, 2] uint32 halves of the moment's id.
+  """
+
+  frames: UInt8[Array, 'B V H W 3']
+  state: Float[Array, 'B A']
+  view_mask: Bool[Array, 'B V']
+  prompt: Prompt
+  answer: Prompt
+  trace: Prompt
+  text: Text
+  caption: Int[Array, 'B']
+  last: Int[Array, 'B']
+  remaining: Float[Array, 'B']
+  duration: Float[Array, 'B']
+  uid: Int[Array, 'B 2']
+
+
+@pytree_dataclass
 class EventBatch:
   """One training batch; every event of a batch lies in the same length bucket.
 
@@ -125,6 +196,7 @@ class EventBatch:
   text: features of the caption; view_mask: [B, V]; pixel_mask: [B, V, H, W], False on synthetic
   borders.
   cameras: calibration (valid = False where unknown); uid: [B, 2] uint32 halves of the event's id.
+  prompt: what the VLM is asked at the anchor frame, where `data.text` is 'staircase'.
   """
 
   frames: UInt8[Array, 'B V T H W 3'] | None
@@ -139,6 +211,7 @@ class EventBatch:
   cameras: Cameras
   uid: Int[Array, 'B 2']
   latents: Float[Array, 'B V F h w C'] | None = None
+  prompt: Prompt | None = None
 
 
 @pytree_dataclass
@@ -172,12 +245,13 @@ class Frozen:
 
   norm: statistics. codec: parameters of the frame codec, {} for one without weights. null_text:
   features [1, X, E] of the empty (or negative) caption; None where an empty caption is simply not
-  attended to.
+  attended to. language: the frozen language side; None for a model without one.
   """
 
   norm: NormStats
   codec: Params = dataclasses.field(default_factory=dict)
   null_text: Text | None = None
+  language: Language | None = None
 
 
 @pytree_dataclass

@@ -1,5 +1,6 @@
 """Batches of closed-loop attempts, in a stand-in for the tabletop."""
 
+import argparse
 import dataclasses
 
 import jax
@@ -7,9 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallwm_jax.commands import attempts
+from wallwm_jax.commands import attempts, evaluate
 from wallwm_jax.envs.tabletop import tasks
-from wallwm_jax.types import ConfigError, EnvFns, Observation
+from wallwm_jax.inference import language
+from wallwm_jax.inference.language import PlanningTable
+from wallwm_jax.types import (
+  ConfigError,
+  EnvFns,
+  InferenceParams,
+  Language,
+  Observation,
+  Prompt,
+)
 
 VIEWS = ('front', 'side')
 
@@ -87,6 +97,102 @@ def test_attempts_are_scored_by_kind_and_recorded(
   assert film.shape == (2, 24, 16, 16, 3)
   np.testing.assert_array_equal(film[0, :, 0, 0, 0], np.arange(1, 25))
   assert done.film(0).shape[1] == 8
+
+
+@pytest.fixture
+def speaking(config, params):
+  """(config, params) of the same policy with a language side that is only made of numbers."""
+  side = dataclasses.replace(config.language, kind='qwen')
+  model = params.model | {'heads': {}, 'staircase': {}}
+  side_of = Language({}, {}, None, np.zeros((2, 8)), None)
+  frozen = dataclasses.replace(params.frozen, language=side_of)
+  return dataclasses.replace(config, language=side), InferenceParams(model, frozen)
+
+
+@pytest.fixture
+def one_plan(monkeypatch):
+  """A VLM that always plans the second caption of the bank, for half a second."""
+
+  def plan_of(params, reading, last, *, cfg):
+    return language.Plan(jnp.array([1]), jnp.array([0.5]), jnp.zeros((1, 2)))
+
+  monkeypatch.setattr(language, 'read', lambda *args, **kwargs: None)
+  monkeypatch.setattr(language, 'plan_of', plan_of)
+
+
+def tokens(rows: int) -> Prompt:
+  return Prompt(np.zeros((rows, 4), np.int32), np.ones((rows, 4), bool))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('window', ['event', 'chunk'])
+def test_a_planner_is_scored_by_the_events_it_names(
+  world, config, store, speaking, suite, one_plan, window
+):
+  config, params = speaking
+  data = dataclasses.replace(config.data, window=window, buckets=(2,))
+  config = dataclasses.replace(config, data=data)
+  count = len(tasks.CAPTIONS)
+  right = int(tasks.event_caption(suite.script[4, 0]))  # of one of the pushes
+  table = PlanningTable(tokens(count), tokens(count), np.array([0, right], np.int32))
+  done = attempts.attempt(
+    config, params, suite, attempts.caption_table(config, store), max_steps=24, source='planner',
+    planning=table,
+  )  # fmt: skip
+  assert done.asked(4) == [tasks.CAPTIONS[right]] * int(done.rollouts.attempted[4])
+  named = [int(tasks.event_caption(row[0])) == right for row in np.asarray(suite.script)]
+  assert done.score().planned.value == np.mean(named) and any(named)
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('planner', "source 'planner': expected a model with a language side.*Train stage 3 with"),
+    ('staircase', 'Train stage 3 and stage 4 with'),
+    ('oracle', 'source: expected one of'),
+  ],
+)
+def test_sources_that_cannot_speak_are_refused(
+  world, config, store, params, suite, source, message
+):
+  table = attempts.caption_table(config, store)
+  with pytest.raises(ConfigError, match=message):
+    attempts.attempt(config, params, suite, table, max_steps=8, source=source)
+
+
+def test_policies_are_told_by_what_they_were_trained_with(speaking):
+  config, _ = speaking
+  for changes, source in (
+    ({'window': 'event'}, 'atomic'),
+    ({'window': 'chunk'}, 'instruction'),
+    ({'window': 'chunk', 'text': 'staircase'}, 'staircase'),
+  ):
+    data = dataclasses.replace(config.data, **changes)
+    assert attempts.default_source(dataclasses.replace(config, data=data)) == source
+
+
+def test_every_source_can_be_chosen_on_the_command_line():
+  parser = argparse.ArgumentParser()
+  evaluate.add_world(parser)
+  choices = next(a.choices for a in parser._actions if a.dest == 'source')
+  assert set(choices) == set(attempts.SOURCES)
+
+
+def test_prompts_are_the_captions_of_the_tabletop():
+  class Texts:
+    def prompts(self, texts):
+      return [f'task {text}' for text in texts]
+
+    def answers(self, texts):
+      return [f'plan {text}' for text in texts]
+
+  bank = [tasks.CAPTIONS[5], tasks.CAPTIONS[2]]
+  table = attempts.planning_table(Texts(), bank)
+  assert len(table.prompts) == len(table.answers) == len(tasks.CAPTIONS)
+  assert table.prompts[7] == f'task {tasks.CAPTIONS[7]}' and table.rows.tolist() == [5, 2]
+  assert table.answers[7] == f'plan {tasks.CAPTIONS[7]}'
+  with pytest.raises(ConfigError, match="captions of the tabletop, got 1 others such as 'wander'"):
+    attempts.planning_table(Texts(), ['wander'])
 
 
 @pytest.mark.slow

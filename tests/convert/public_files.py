@@ -8,7 +8,15 @@ import numpy as np
 import safetensors.numpy
 from hypothesis import strategies as st
 
-from wallwm_jax.config import CodecConfig, TextConfig, UMT5Config, VAEConfig, VideoConfig
+from wallwm_jax.config import (
+  CodecConfig,
+  QwenConfig,
+  TextConfig,
+  UMT5Config,
+  VAEConfig,
+  VideoConfig,
+  VisionTowerConfig,
+)
 from wallwm_jax.convert.plan import FAMILIES
 from wallwm_jax.convert.torch_config import torch_config
 
@@ -46,7 +54,26 @@ UMT5 = {
     )
   )
 }
-SMALL = {'wan-dit': DIT, 'wan-vae': VAE, 'umt5': UMT5}
+# Without vision: both namings hold all of it.
+QWEN = {
+  'config': dataclasses.asdict(
+    QwenConfig(
+      vocab=40,
+      width=16,
+      ffn=24,
+      layer_types=('linear', 'full', 'linear'),
+      heads=2,
+      kv_heads=1,
+      head_dim=8,
+      linear_key_heads=1,
+      linear_value_heads=2,
+      linear_key_dim=4,
+      linear_value_dim=6,
+      vision=VisionTowerConfig(layers=0),
+    )
+  )
+}
+SMALL = {'wan-dit': DIT, 'wan-vae': VAE, 'umt5': UMT5, 'qwen': QWEN}
 
 
 def wan_dit_fields():
@@ -168,7 +195,7 @@ def small_checkpoint(folder, family, naming='diffusers', **options):
   component = FAMILIES[family].component
   config = torch_config(component, fields, naming)
   write_checkpoint(folder, tensors, config=config, **options)
-  if component == 'text':
+  if FAMILIES[family].tokenizer:
     write_tokenizer(folder)
   return folder, tensors
 

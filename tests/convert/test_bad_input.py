@@ -14,7 +14,6 @@ from wallwm_jax.config import CodecConfig, ModelConfig, TextConfig, VideoConfig
 from wallwm_jax.convert.importer import find_tokenizer, import_weights
 from wallwm_jax.convert.plan import FAMILIES, make_plan
 from wallwm_jax.convert.source import open_source
-from wallwm_jax.convert.staging import new_folder
 from wallwm_jax.types import CheckpointError, ConfigError
 
 
@@ -243,11 +242,11 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
   left = tmp_path / '.out.partial' / 'params'
   left.mkdir(parents=True)
   (left / 'half').write_text('x')
-  with new_folder(tmp_path / 'out') as folder:
+  with weights.new_folder(tmp_path / 'out') as folder:
     assert not list(folder.iterdir())
     (folder / 'whole').write_text('y')
     with pytest.raises(CheckpointError, match='another run is writing'):
-      with new_folder(tmp_path / 'out'):
+      with weights.new_folder(tmp_path / 'out'):
         pass
   assert sorted(p.name for p in tmp_path.rglob('*')) == ['out', 'whole']
 

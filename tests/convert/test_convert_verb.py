@@ -33,7 +33,7 @@ def test_there_and_back(family, tmp_path, capsys):
   assert summary['used'] == len(tensors)
   assert summary['parameters'] == sum(x.size for x in tensors.values())
   assert summary['digest'] == weights.digest(tmp_path / 'out') and summary['mesh'] == {'fsdp': 2}
-  assert (tmp_path / 'out' / 'tokenizer.json').is_file() == (family == 'umt5')
+  assert (tmp_path / 'out' / 'tokenizer.json').is_file() == FAMILIES[family].tokenizer
 
   back = ('--src', tmp_path / 'out', '--out', tmp_path / 'back', '--to', 'torch')
   code, text, _ = run(capsys, family, *back, '--shard-gb', 1e-5)
@@ -47,7 +47,7 @@ def test_there_and_back(family, tmp_path, capsys):
   assert all(public.same_bits(found[key], x) for key, x in tensors.items())
   config = json.loads((tmp_path / 'back' / 'config.json').read_text())
   assert config == json.loads((src / 'config.json').read_text())
-  assert (tmp_path / 'back' / 'tokenizer.json').is_file() == (family == 'umt5')
+  assert (tmp_path / 'back' / 'tokenizer.json').is_file() == FAMILIES[family].tokenizer
 
 
 @pytest.mark.parametrize('family', public.SMALL)

@@ -29,7 +29,7 @@ from wallwm_jax.types import CheckpointError, nest, path_string
 def convert(family, src, out, mesh=None):
   source = open_source(src, FAMILIES[family].subfolder)
   plan = make_plan(FAMILIES[family], source)
-  tokenizer = find_tokenizer(source, None)[0] if family == 'umt5' else None
+  tokenizer = find_tokenizer(source, None)[0] if FAMILIES[family].tokenizer else None
   import_weights(plan, out, mesh or {}, tokenizer)
   return plan
 

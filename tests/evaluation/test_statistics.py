@@ -112,6 +112,19 @@ def test_closed_loop_scores_by_kind_and_overall():
   assert flat['success_low'] < 0.5 < flat['success_high']
 
 
+def test_closed_loop_says_how_often_a_planner_was_right():
+  success, progress = np.zeros(3, bool), np.zeros(3)
+  result = closed_loop.evaluate(success, progress, planned=[1.0, 0.5, np.nan])
+  assert result.planned == base.bootstrap_interval([1.0, 0.5])
+  assert result.to_json()['planned'] == 0.75 and result.planned.n == 2
+  for planned in (None, [np.nan] * 3):
+    silent = closed_loop.evaluate(success, progress, planned=planned)
+    assert silent.planned is None and 'planned' not in silent.to_json()
+  for wrong in ([0.5], [0.5, 1.5, 0.0]):
+    with pytest.raises(DataError, match='expected planned'):
+      closed_loop.evaluate(success, progress, planned=wrong)
+
+
 @pytest.mark.parametrize(
   'success, progress, match',
   [

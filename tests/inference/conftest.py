@@ -12,7 +12,7 @@ import pytest
 
 from wallwm_jax import config as configs
 from wallwm_jax.inference import unified
-from wallwm_jax.inference.rollout import CaptionTable
+from wallwm_jax.inference.sources import CaptionTable
 from wallwm_jax.models import functional
 from wallwm_jax.types import Frozen, InferenceParams, NormStats, Observation, Text
 

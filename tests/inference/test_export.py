@@ -20,15 +20,26 @@ from wallwm_jax.data import stats as data_stats
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.export import export_policy, flatten
 from wallwm_jax.inference.exported import load_exported, stats_hash
-from wallwm_jax.types import CheckpointError, DataError, StatsMismatchError, nest
+from wallwm_jax.types import (
+  CheckpointError,
+  DataError,
+  InferenceParams,
+  Language,
+  StatsMismatchError,
+  nest,
+)
 
 KEY = jax.random.key(11)
 
 
 @pytest.fixture(scope='module')
 def exported(cfg, params, tmp_path_factory):
+  """A policy exported from a run that also has a language side."""
   path = tmp_path_factory.mktemp('policy')
-  export_policy(cfg, params, path, batch_size=2, bucket=2)
+  nothing = np.zeros(1)
+  frozen = dataclasses.replace(params.frozen, language=Language({}, {}, nothing, nothing, nothing))
+  whole = InferenceParams(params.model | {'heads': {'kernel': nothing}}, frozen)
+  export_policy(cfg, whole, path, batch_size=2, bucket=2)
   return path
 
 
@@ -61,6 +72,13 @@ def test_exported_equals_live(cfg, params, exported, make_inputs, predict_chunk)
   assert_same(policy.event(boundary(obs, text, length=length)), live)
   obs, text = make_inputs(frames=5)
   assert_same(policy.unified(boundary(obs, text)), predict_chunk(params, obs, text, KEY))
+
+
+def test_what_makes_text_stays_out(params, exported):
+  with np.load(exported / 'weights.npz') as stored:
+    parts = {tuple(name.split('/')[:2]) for name in stored.files}
+  norm = {('norm', field.name) for field in dataclasses.fields(params.norm)}
+  assert parts == {('model', 'video'), ('model', 'action')} | norm
 
 
 def test_signature_describes_the_boundary(exported):

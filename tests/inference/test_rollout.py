@@ -10,11 +10,11 @@ import numpy as np
 import point_mass_env
 import pytest
 
-from wallwm_jax.inference import unified
+from wallwm_jax.inference import sources
 from wallwm_jax.inference.rollout import LoopSpec, closed_loop, rollout_chunks, rollout_events
 from wallwm_jax.types import ActionChunk
 
-SOURCES = [unified.instruction_source, unified.atomic_source]
+SOURCES = [sources.instruction, sources.atomic]
 
 
 def expert(captions, bucket):
@@ -33,7 +33,7 @@ def expert(captions, bucket):
 def test_an_expert_succeeds_replans_and_then_rests(env, captions):
   """Each event needs several turns; after success the world stands still."""
   spec = LoopSpec(turns=14, bucket=2, record=True)
-  run = jax.jit(functools.partial(closed_loop, expert(captions, 2), unified.atomic_source, env,
+  run = jax.jit(functools.partial(closed_loop, expert(captions, 2), sources.atomic, env,
                                   spec=spec))
   out = run(0.6, jax.random.key(0), captions)
   turns = out.turns
@@ -53,7 +53,7 @@ def test_an_expert_succeeds_replans_and_then_rests(env, captions):
 def test_wrong_text_never_succeeds(env, captions):
   """The same expert, told only the instruction, goes up for ever: text reaches the policy."""
   spec = LoopSpec(turns=14, bucket=2)
-  out = closed_loop(expert(captions, 2), unified.instruction_source, env, 0.6, jax.random.key(0),
+  out = closed_loop(expert(captions, 2), sources.instruction, env, 0.6, jax.random.key(0),
                     captions, spec=spec)
   assert not bool(out.success) and float(out.progress) == 0.0 and out.turns.frames is None
 
@@ -68,7 +68,7 @@ def test_history_holds_the_frames_that_were_seen(env, captions):
     actions = jnp.zeros((1, 4, 10)).at[0, :, :2].set(0.1).at[0, 0, 3:8].set(seen)
     return ActionChunk(actions, jnp.ones((1, 4), bool))
 
-  out = closed_loop(act, unified.atomic_source, env, 0.9, jax.random.key(1), captions, spec=spec)
+  out = closed_loop(act, sources.atomic, env, 0.9, jax.random.key(1), captions, spec=spec)
   reported = np.asarray(out.turns.actions.actions[:, 0, 3:8])
   first = env.observe(env.reset(jax.random.split(jax.random.key(1))[0], 0.9)).frames
   executed = np.asarray(out.turns.frames).transpose(0, 2, 1, 3, 4, 5).reshape(-1, 2, 16, 16, 3)
@@ -87,7 +87,7 @@ def test_sources_switch_in_mid_rollout(env, captions):
     actions = jnp.zeros((1, 4, 10)).at[:, :, 3:].set(text.features[0, 0, :7])
     return ActionChunk(actions, jnp.ones((1, 4), bool))
 
-  source = unified.switched_source(SOURCES, jnp.array([0, 1, 1, 0]))
+  source = sources.switched(SOURCES, jnp.array([0, 1, 1, 0]))
   out = closed_loop(act, source, env, 0.9, jax.random.key(0), captions, spec=spec)
   heard = out.turns.actions.actions[:, 0, 3:]
   rows = np.array([point_mass_env.INSTRUCTION, point_mass_env.GO_RIGHT, point_mass_env.GO_RIGHT,
@@ -101,7 +101,7 @@ def run(request, cfg, env, captions):
   if request.param == 'event':
     fixed = functools.partial(rollout_events, cfg=cfg, bucket=2, max_events=3)
   else:
-    source = unified.switched_source(SOURCES, jnp.array([0, 1, 0]))
+    source = sources.switched(SOURCES, jnp.array([0, 1, 0]))
     fixed = functools.partial(rollout_chunks, cfg=cfg, max_chunks=3, source=source)
   traces = []
 

@@ -1,4 +1,4 @@
-"""Unified mode: the history window, and text sources that change without the denoiser noticing."""
+"""Unified mode: the history window."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from wallwm_jax.inference import denoiser, unified
 from wallwm_jax.inference.denoiser import Window
 from wallwm_jax.inference.event import predict_event
-from wallwm_jax.inference.unified import TextContext
 from wallwm_jax.types import DataError
 
 KEY = jax.random.key(3)
@@ -50,13 +48,3 @@ def test_history_is_encoded_once_with_the_anchor(cfg, params, make_inputs):
   assert cond.known.shape == (2, 2, 2, 2, 2, 12)
   with pytest.raises(DataError, match='chunk window'):
     unified.predict_chunk(params, make_inputs(frames=1)[0], text, KEY, cfg=cfg)
-
-
-def test_text_sources(cfg, make_inputs):
-  obs, instruction = make_inputs(frames=5)
-  atomic = make_inputs(seed=9)[1]
-  sources = [unified.instruction_source, unified.atomic_source]
-  source = unified.switched_source(sources, jnp.array([0, 1, 0, 1]))
-  spoken = jax.jit(lambda step: source(TextContext(obs, instruction, atomic, step)))
-  for step, expected in enumerate([instruction, atomic, instruction, atomic, atomic]):
-    jax.tree.map(np.testing.assert_array_equal, spoken(jnp.int32(step)), expected)

@@ -3,13 +3,15 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from wallwm_jax import config as c
 from wallwm_jax.data.schema import Calibration, EpisodeRecord, EventSpan
 from wallwm_jax.data.store import EpisodeStoreWriter
-from wallwm_jax.types import Frozen, NormStats
+from wallwm_jax.models import language
+from wallwm_jax.types import Frozen, Language, NormStats, Prompt, PromptLayout
 
 VIEWS = ('front', 'side')
 SIZE = (16, 32)
@@ -39,6 +41,77 @@ def tiny_config(stage: str = '1', window: str = 'event', store: str = '', **sect
     train=c.TrainConfig(stage=stage, steps=4, log_every=2, checkpoint_every=100, ema=0.99),
   )
   return override(base, **sections)
+
+
+def tiny_language(
+  stage: str, window: str = 'event', store: str = '', weights: str = '', **sections
+):
+  """`tiny_config` with the smallest language side; tokenizers of up to 320 ids fit."""
+  reader = c.QwenConfig(
+    vocab=320,
+    width=32,
+    ffn=32,
+    layer_types=('linear',),
+    heads=2,
+    kv_heads=2,
+    head_dim=16,
+    linear_key_heads=2,
+    linear_value_heads=2,
+    linear_key_dim=16,
+    linear_value_dim=16,
+    rotary=0.5,
+    mrope_section=(2, 1, 1),
+    rope_theta=100.0,
+    vision=c.VisionTowerConfig(layers=0),
+    image_token=5,
+    video_token=6,
+    dtype='float32',
+    weights=weights and f'{weights}/reader',
+  )
+  vision = c.VisionTowerConfig(
+    layers=1, width=32, heads=2, ffn=32, patch=4, temporal=1, positions=16
+  )
+  vlm = dataclasses.replace(
+    reader,
+    layer_types=('linear', 'full'),
+    vision=vision,
+    weights=weights and f'{weights}/vlm',
+  )
+  language = c.LanguageConfig(
+    kind='qwen',
+    vlm=vlm,
+    reader=reader,
+    staircase=c.StaircaseConfig(latents=3, relay_depth=1),
+    heads=c.HeadsConfig(width=32, heads=2),
+    prompt_tokens=40,
+    answer_tokens=12,
+    trace_tokens=20,
+  )
+  base = dataclasses.replace(tiny_config('1', window, store), language=language)
+  sections['train'] = {'stage': stage} | sections.get('train', {})
+  return override(base, **sections)
+
+
+def frozen_language(config) -> Frozen:
+  """`frozen` with a random VLM and reader, a layout for the config's fake prompts, a bank of 5."""
+  keys, side = jax.random.split(jax.random.key(7), 3), config.language
+  size = side.prompt_tokens
+  tokens = language.tokens_per_view(side, config.model.image_size)
+  images = len(config.model.views) * tokens
+  view = np.where(np.arange(size) < images, np.arange(size) // tokens, -1)
+  layout = PromptLayout(
+    positions=np.broadcast_to(np.arange(size, dtype=np.int32), (3, size)).copy(),
+    view=view.astype(np.int32),
+    channels=np.array([0, 1], np.int32),
+    slots=np.array([[images, images + 1], [images + 2, images + 3]], np.int32),
+    digits=np.arange(10, 20, dtype=np.int32),
+    opening=np.array([20, 21], np.int32),
+  )
+  bank = np.asarray(jax.random.normal(keys[2], (5, config.model.text.width)))
+  vlm, reader = language.init_qwen(side.vlm, keys[0]), language.init_qwen(side.reader, keys[1])
+  answers = np.random.default_rng(0).integers(20, 99, (5, side.answer_tokens), np.int32)
+  told = Language(vlm, reader, layout, bank, Prompt(answers, np.ones_like(answers, bool)))
+  return Frozen(unit_norm(config), language=told)
 
 
 def override(config, **sections):
@@ -110,6 +183,8 @@ def tiny():
   """
   class Tiny:
     config = staticmethod(tiny_config)
+    language = staticmethod(tiny_language)
+    frozen_language = staticmethod(frozen_language)
     override = staticmethod(override)
     norm = staticmethod(unit_norm)
     frozen = staticmethod(frozen)

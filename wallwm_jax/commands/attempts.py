@@ -7,45 +7,68 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.data import traces
 from wallwm_jax.data.schema import LEVELS
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import pick_caption
 from wallwm_jax.envs.tabletop import VIEWS, TabletopConfig, env_fns, tasks
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult, evaluate
-from wallwm_jax.inference import unified
+from wallwm_jax.inference import language, sources
+from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import (
-  CaptionTable,
   LoopSpec,
   Rollout,
   chunk_policy,
   closed_loop,
   event_policy,
 )
+from wallwm_jax.inference.sources import CaptionTable, Source
 from wallwm_jax.models import functional
 from wallwm_jax.text.factory import make_text_encoder
+from wallwm_jax.text.planning import PlanningTexts
 from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 32  # attempts that run side by side
-SOURCES = {'instruction': unified.instruction_source, 'atomic': unified.atomic_source}
+SCRIPTS = {'instruction': sources.instruction, 'atomic': sources.atomic}
+# Sources that ask a VLM, and the trained parts of the model that each needs.
+SPEAKERS = {
+  'planner': (language.planner, ('heads',)),
+  'conditioned': (language.conditioned, ('heads',)),
+  'staircase': (language.staircase, ('heads', 'staircase')),
+}
+PLANNERS = ('planner', 'conditioned')  # sources that name the caption they go by
+SOURCES = (*SCRIPTS, *SPEAKERS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attempts:
-  """n finished attempts: their rollouts (NumPy, leading axis n), task kinds and instructions."""
+  """n finished attempts: their rollouts (NumPy, leading axis n), task kinds and instructions, and
+  the source of text that they followed."""
 
   rollouts: Rollout
   kinds: list[str]
   instructions: list[str]
   fps: float
+  source: str
 
   def score(self) -> ClosedLoopResult:
-    return evaluate(self.rollouts.success, self.rollouts.progress, self.kinds)
+    done, planned = self.rollouts, None
+    if self.source in PLANNERS:
+      acted = done.turns.acted
+      right = np.sum(acted & (done.turns.asked == done.turns.caption), axis=1)
+      planned = right / np.where(done.attempted, done.attempted, np.nan)
+    return evaluate(done.success, done.progress, self.kinds, planned)
+
+  def asked(self, index: int) -> list[str]:
+    """The caption that each turn of one attempt went by; '' where that was no caption."""
+    rows = self.rollouts.turns.asked[index, : self.rollouts.attempted[index]].tolist()
+    return [tasks.CAPTIONS[row] if row != sources.NOTHING else '' for row in rows]
 
   def film(self, index: int) -> np.ndarray:
     """Executed frames [V, T, H, W, 3] uint8 of one recorded attempt, up to its last turn."""
@@ -70,10 +93,30 @@ def caption_table(config: ExperimentConfig, store: EventStore) -> CaptionTable:
   return CaptionTable(text, np.ceil(lengths).astype(np.int32))
 
 
+def planning_table(texts: PlanningTexts, bank: Sequence[str]) -> PlanningTable:
+  """Every caption of the tabletop as a VLM is asked about it and answers with it.
+
+  Args:
+    bank: what the VLM may plan, in the order of its next-event logits.
+
+  Raises:
+    ConfigError: a caption of the bank that the tabletop does not have.
+  """
+  if unknown := [caption for caption in bank if caption not in tasks.CAPTIONS]:
+    raise ConfigError(
+      f'captions to plan with: expected captions of the tabletop, got {len(unknown)} others such '
+      f'as {unknown[0]!r}. Give a store of the tabletop.'
+    )
+  asked = [traces.instruct(caption, 'canonical', 0) for caption in tasks.CAPTIONS]
+  rows = np.array([tasks.CAPTIONS.index(caption) for caption in bank], np.int32)
+  return PlanningTable(texts.prompts(asked), texts.answers(tasks.CAPTIONS), rows)
+
+
 def untrained(config: ExperimentConfig, params: InferenceParams, seed: int = 0) -> InferenceParams:
-  """The same model with the weights it started from; statistics are kept."""
-  model = functional.init_params(config.model, jax.random.key(seed))
-  return dataclasses.replace(params, model=model)
+  """The same model with the weights its towers started from; statistics and the language side are
+  kept."""
+  towers = functional.init_params(config.model, jax.random.key(seed))
+  return dataclasses.replace(params, model=params.model | towers)
 
 
 def attempt(
@@ -84,7 +127,8 @@ def attempt(
   *,
   max_steps: int,
   seed: int = 0,
-  source: Literal['instruction', 'atomic'] = 'instruction',
+  source: str = '',
+  planning: PlanningTable | None = None,
   record: bool = False,
 ) -> Attempts:
   """Runs every task of a suite once; equal seeds give equal scenes and noise to every policy.
@@ -92,12 +136,17 @@ def attempt(
   Args:
     suite: tasks with a leading axis n (tasks.task_suite).
     max_steps: control steps an attempt may take; turns are as many events or chunks as fit.
-    source: text of chunk windows; event windows always follow the caption of the next event.
+    source: what the policy is told by, one of SOURCES; '' = `default_source`. Over chunks a plan is
+      held until it has run out.
+    planning: for the sources that ask a VLM.
     record: keep the executed frames.
 
   Raises:
-    ConfigError: the model's cameras are not the tabletop's.
+    ConfigError: the model's cameras are not the tabletop's, or the source is unknown or needs a
+      language side that the model has not.
   """
+  source = source or default_source(config)
+  check_source(params, source)
   if config.model.views != VIEWS:
     raise ConfigError(
       f'config.model.views: expected the cameras of the tabletop {VIEWS}, got {config.model.views}.'
@@ -108,14 +157,30 @@ def attempt(
   keys = jax.random.split(jax.random.key(seed), count)
   parts = [
     jax.device_get(
-      run(params, captions, jax.tree.map(lambda x, rows=rows: x[rows], suite), keys[rows])
+      run(params, captions, planning, jax.tree.map(lambda x, i=rows: x[i], suite), keys[rows])
     )
     for rows in _batches(count)
   ]
   rollouts = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
   kinds = [tasks.TASK_KINDS[i] for i in np.asarray(suite.kind)]
   instructions = [tasks.CAPTIONS[i] for i in np.asarray(suite.instruction)]
-  return Attempts(rollouts, kinds, instructions, 1 / world.control_period)
+  return Attempts(rollouts, kinds, instructions, 1 / world.control_period, source)
+
+
+def default_source(config: ExperimentConfig) -> str:
+  """What tells a policy in the way it was trained: the staircase's latents where those were its
+  text, else 'atomic' for events and 'instruction' for chunks."""
+  if config.data.text == 'staircase':
+    return 'staircase'
+  return 'instruction' if config.data.window == 'chunk' else 'atomic'
+
+
+def check_source(params: InferenceParams, source: str) -> None:
+  """Raises ConfigError unless this model can be told by `source`."""
+  if source not in SOURCES:
+    raise ConfigError(f'source: expected one of {SOURCES}, got {source!r}.')
+  if source in SPEAKERS:
+    language.require_parts(params, SPEAKERS[source][1], f'source {source!r}')
 
 
 def _batches(count: int) -> list[np.ndarray]:
@@ -126,18 +191,29 @@ def _batches(count: int) -> list[np.ndarray]:
 
 @functools.cache
 def _program(config: ExperimentConfig, world: TabletopConfig, max_steps: int, source, record: bool):
-  """(params, captions, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one program."""
+  """(params, captions, planning, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one
+  program."""
   chunk = config.data.window == 'chunk'
   bucket = config.model.future if chunk else config.data.buckets[-1]
   rate = config.model.steps_per_latent
   history = config.model.history if chunk else 0
   spec = LoopSpec(max(1, max_steps // (rate * bucket)), bucket, history, rate, record)
-  text = SOURCES[source] if chunk else unified.atomic_source
 
   @jax.jit
-  def run(params, captions, suite, keys):
+  def run(params, captions, planning, suite, keys):
     act = chunk_policy(params, config) if chunk else event_policy(params, config, bucket)
-    one = functools.partial(closed_loop, act, text, env_fns(world), captions=captions, spec=spec)
+    told = _source(source, params, planning, config, world)
+    one = functools.partial(closed_loop, act, told, env_fns(world), captions=captions, spec=spec)
     return jax.vmap(lambda task, key: one(task=task, key=key))(suite, keys)
 
   return run
+
+
+def _source(name: str, params, planning, config: ExperimentConfig, world: TabletopConfig) -> Source:
+  if name in SCRIPTS:
+    return SCRIPTS[name]
+  # Windows are cut at every stride-th frame, so that is how often the policy thinks it acts.
+  fps = 1 / (world.control_period * config.data.stride)
+  source = SPEAKERS[name][0](params, planning, cfg=config, fps=fps)
+  hold = name in PLANNERS and config.data.window == 'chunk'
+  return sources.held(source) if hold else source

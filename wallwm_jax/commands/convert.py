@@ -1,4 +1,4 @@
-"""`wallwm convert wan-dit|wan-vae|umt5`: public torch checkpoints to weight folders, and back."""
+"""`wallwm convert FAMILY`: public torch checkpoints to weight folders, and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ _VERBS = (
     'UMT5 encoder to the weights of the text encoder, tokenizer included, or back',
     'wallwm convert umt5 --src text_encoder --tokenizer tokenizer.json --out weights/umt5',
   ),
+  (
+    'qwen',
+    'Qwen3.5 (dense) to the weights of the VLM or of its reader, tokenizer included, or back',
+    'wallwm convert qwen --src Qwen3.5-9B --out weights/qwen3_5_9b --mesh fsdp=8',
+  ),
 )
+_TOKENIZERS = ('umt5', 'qwen')
 
 
 def add_parser(verbs) -> None:
@@ -53,12 +59,13 @@ def add_parser(verbs) -> None:
     parser.add_argument(
       '--naming',
       choices=('diffusers', 'original'),
-      help="--to torch: names of the tensors (the source's)",
+      help="--to torch: names of the tensors (the source's)"
+      + ('; original: of the text-only class' if name == 'qwen' else ''),
     )
     parser.add_argument(
       '--shard-gb', type=float, default=5.0, help='--to torch: largest file in GB (5)'
     )
-    if name == 'umt5':
+    if name in _TOKENIZERS:
       parser.add_argument('--tokenizer', help='tokenizer.json (looked for beside --src)')
 
 
@@ -79,23 +86,25 @@ def _to_jax(args) -> None:
   from wallwm_jax.convert.importer import find_tokenizer, import_weights
   from wallwm_jax.convert.plan import FAMILIES, make_plan
   from wallwm_jax.convert.source import open_source
-  from wallwm_jax.convert.staging import check_new
 
   family = FAMILIES[args.family]
   mesh = weights.parse_mesh(args.mesh)
-  model = settings.load_experiment(args.config, args.overrides).model if args.config else None
+  config = None
+  if args.config:
+    experiment = settings.load_experiment(args.config, args.overrides)
+    config = experiment.language if family.component == 'vlm' else experiment.model
   if args.out:
-    check_new(args.out)
+    weights.check_new(args.out)
   source = open_source(args.src, family.subfolder)
   tokenizer, problems = None, []
-  if family.component == 'text':
+  if family.tokenizer:
     tokenizer, problems = find_tokenizer(source, args.tokenizer)
-  plan = make_plan(family, source, model, problems)
+  plan = make_plan(family, source, config, problems)
   leaves = plan.leaves(mesh)
   if args.dry_run:
     _print_table(('status', 'key', 'dtype', 'shape', 'parameter', 'shape'), plan.rows())
     return common.print_json(
-      {'naming': plan.naming, 'fields': plan.fields, 'prefix': source.prefix}
+      {'naming': plan.naming, 'fields': plan.fields, 'prefix': plan.source.prefix}
       | {'files': len(source.files), 'arrays': len(leaves), **plan.totals()}
     )
   manifest = import_weights(plan, args.out, mesh, tokenizer, _Progress())

@@ -1,4 +1,5 @@
-"""`wallwm eval openloop|video|closedloop`: scores of a trained run, printed and written as JSON."""
+"""`wallwm eval openloop|video|closedloop|language`: scores of a trained run, printed and written as
+JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +15,14 @@ def add_parser(verbs) -> None:
     ('openloop', openloop, 'action error per held-out event beside hold-still and the mean action'),
     ('video', video, 'PSNR and SSIM of predicted video beside copy-last-frame and the codec'),
     ('closedloop', closedloop, 'success and progress of whole attempts in the tabletop'),
+    ('language', language, 'next event, remaining time and reconstructed reasoning of a VLM'),
   ):
     example = f'wallwm eval {name} --workdir runs/joint --store runs/store --json {name}.json'
+    if name == 'closedloop':
+      example += (
+        '\n  wallwm eval closedloop --workdir runs/stage4 --store runs/store --tasks multi '
+        '--source planner'
+      )
     parser = common.add_verb(kinds, name, summary, example, run=run)
     parser.add_argument('--workdir', required=True, help='trained run')
     parser.add_argument('--json', help='file for the scores (default: print only)')
@@ -38,9 +45,12 @@ def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
   parser.add_argument('--max-steps', type=int, default=64, help='control steps of an attempt (64)')
   parser.add_argument(
     '--source',
-    choices=('instruction', 'atomic'),
-    default='instruction',
-    help='unified mode: text of each chunk (instruction)',
+    choices=('instruction', 'atomic', 'planner', 'conditioned', 'staircase'),
+    default='',
+    help='who tells the policy what to do: the instruction of the task; atomic, the next event of '
+    "the script; planner, the VLM's next event in features of the text encoder; conditioned, the "
+    "same in the VLM's own; staircase, its latents (default: atomic in event mode, instruction in "
+    'unified mode, staircase where that was trained)',
   )
   parser.add_argument('--untrained', action='store_true', help='random weights instead')
 
@@ -67,11 +77,24 @@ def _on_store(args: argparse.Namespace, evaluator):
   return evaluator(config, params, store, split=args.split, limit=args.limit, seed=args.seed)
 
 
+def language(args: argparse.Namespace) -> None:
+  from wallwm_jax.commands import language_scores as scores
+  from wallwm_jax.data.moments import caption_bank
+  from wallwm_jax.data.store import EventStore
+  from wallwm_jax.training.checkpoints import load_inference
+
+  store = EventStore(args.store)
+  config, params = load_inference(args.workdir, captions=caption_bank(store))
+  seen = scores.Moments(config, params, store, split=args.split, limit=args.limit)
+  _report(args, scores.evaluate(seen))
+
+
 def closedloop(args: argparse.Namespace) -> None:
   per_kind = max(1, args.episodes // len(_task_kinds(args.tasks)))
-  result = run_attempts(args, per_kind).score()
+  attempts = run_attempts(args, per_kind)
   asked = {'tasks': args.tasks, 'max_steps': args.max_steps, 'untrained': args.untrained}
-  _report(args, result.to_json() | asked)
+  asked['source'] = attempts.source
+  _report(args, attempts.score().to_json() | asked)
 
 
 def _task_kinds(chosen: str) -> tuple[str, ...]:
@@ -87,13 +110,20 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
   import jax
 
   from wallwm_jax.commands import attempts
+  from wallwm_jax.data.moments import caption_bank
   from wallwm_jax.data.store import EventStore
   from wallwm_jax.envs.tabletop import tasks
-  from wallwm_jax.training.checkpoints import load_inference
+  from wallwm_jax.text.planning import make_planning_texts
+  from wallwm_jax.training.checkpoints import load_inference, load_source
 
   suite = tasks.task_suite(jax.random.key(args.seed), _task_kinds(args.tasks), per_kind)
   store = EventStore(args.store)
-  config, params = load_inference(args.workdir)
+  source = args.source or attempts.default_source(load_source(args.workdir)[0])
+  bank = caption_bank(store) if source in attempts.SPEAKERS else None
+  config, params = load_inference(args.workdir, captions=bank)
+  planning = None
+  if bank is not None:
+    planning = attempts.planning_table(make_planning_texts(config), bank)
   if args.untrained:
     params = attempts.untrained(config, params, args.seed)
   return attempts.attempt(
@@ -103,7 +133,8 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
     attempts.caption_table(config, store),
     max_steps=args.max_steps,
     seed=args.seed,
-    source=args.source,
+    source=source,
+    planning=planning,
     record=record,
   )
 

@@ -18,6 +18,8 @@ def add_parser(verbs) -> None:
     '--video-only, what the video model imagines (.mp4 or .gif)',
     'wallwm rollout --workdir runs/quickstart/stage2 --store runs/quickstart/store '
     '--tasks push --out push.gif\n'
+    '  wallwm rollout --workdir runs/stage4 --store runs/store --tasks put --source planner '
+    '--out put.gif\n'
     '  wallwm rollout --video-only --workdir runs/quickstart/stage1 --store runs/quickstart/store '
     '--event 3 --out event.mp4\n'
     '  wallwm rollout --video-only --config experiments/wallwm_wan2_2_5b.py '
@@ -67,9 +69,9 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
   _write(out, frames, attempts.fps)
   succeeded = attempts.rollouts.success.tolist()
   done = [
-    {'instruction': text, 'success': ok, 'progress': progress}
-    for text, ok, progress in zip(
-      attempts.instructions, succeeded, attempts.rollouts.progress.tolist()
+    {'instruction': text, 'success': ok, 'progress': progress, 'asked': attempts.asked(i)}
+    for i, (text, ok, progress) in enumerate(
+      zip(attempts.instructions, succeeded, attempts.rollouts.progress.tolist())
     )
   ]
   common.print_json({'out': out, 'frames': len(frames), 'fps': attempts.fps, 'attempts': done})

@@ -1,5 +1,5 @@
-"""From nothing to a report: demonstrations, event store, stages 1, 2 and 5, rollouts, scores, one
-page.
+"""From nothing to a report: demonstrations, event store, a small VLM, stages 1 to 5, rollouts,
+scores, one page.
 
 Every step leaves its result in the output folder and is skipped when that result is complete, so a
 quickstart that was interrupted goes on where it stopped.
@@ -15,18 +15,30 @@ import jax
 from rich.console import Console
 
 from wallwm_jax import presets
-from wallwm_jax.commands import attempts, evaluators
-from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.commands import attempts, evaluators, language_scores, tiny_vlm
+from wallwm_jax.commands.language_scores import Moments
+from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.data.build import build_store
+from wallwm_jax.data.moments import caption_bank
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.envs.tabletop import tasks
 from wallwm_jax.envs.tabletop.collect import collect
 from wallwm_jax.evaluation import base, report, video
+from wallwm_jax.text.planning import make_planning_texts
 from wallwm_jax.training import loop
 from wallwm_jax.training.checkpoints import load_inference
 
-STAGES = {'1': 'video tower', '2': 'action tower, video frozen', '5': 'both towers, chunk windows'}
-TRAINED, UNTRAINED, UNIFIED = 'event mode', 'untrained', 'unified mode'
+STAGES = {
+  'vlm': 'a small VLM and reader, from scratch',
+  '1': 'video tower',
+  '2': 'action tower, video frozen',
+  '3': 'heads of the VLM, VLM frozen',
+  '4': 'staircase and projector, VLM and reader frozen',
+  '5': 'both towers, chunk windows',
+}
+TRAINED, UNTRAINED = 'event mode', 'untrained'
+UNIFIED, LATENTS = 'unified mode', 'unified mode, latents'
+MOMENTS_BATCH = 16  # moments are cheaper to learn from in small batches on two cores
 COLLECT_SEED, SUITE_SEED = 0, 1_000_003
 MAX_STEPS = 48  # control steps an attempt may take
 
@@ -35,22 +47,22 @@ MAX_STEPS = 48  # control steps an attempt may take
 class Size:
   """How much of everything.
 
-  episodes: demonstrations, drawn by `mix`; steps: optimizer steps of stages 1, 2 and 5; attempts:
+  episodes: demonstrations, drawn by `mix`; steps: optimizer steps of each of STAGES; attempts:
   rollouts per kind of event; events: held-out events scored open loop; calls: timed calls per
   latency.
   """
 
   episodes: int
   mix: str
-  steps: tuple[int, int, int]
+  steps: tuple[int, ...]
   attempts: int
   events: int
   calls: int
 
 
 SIZES = {
-  'full': Size(900, 'single', steps=(400, 500, 60), attempts=20, events=96, calls=30),
-  'ci': Size(64, 'single', steps=(20, 20, 10), attempts=4, events=16, calls=5),
+  'full': Size(900, 'single', steps=(240, 400, 500, 80, 120, 60), attempts=20, events=96, calls=30),
+  'ci': Size(64, 'single', steps=(4, 20, 20, 4, 4, 10), attempts=4, events=16, calls=5),
 }
 
 
@@ -68,22 +80,30 @@ def run(size: str, out: str | pathlib.Path) -> dict:
   clock.start('collecting demonstrations in the tabletop')
   store = _demonstrations(out / 'store', plan)
   runs, losses = {}, {}
+  previous = ''
   for name, steps in zip(STAGES, plan.steps, strict=True):
     clock.start(f'training stage {name}: {STAGES[name]}')
-    previous = str(list(runs.values())[-1].workdir) if runs else ''
-    runs[name] = loop.train(_stage_config(name, steps, previous, store), out / f'stage{name}')
+    config = _stage_config(name, steps, previous, store, out)
+    if name == 'vlm':
+      runs[name] = tiny_vlm.make(config, out / 'stage_vlm')
+    else:
+      runs[name] = loop.train(config, out / f'stage{name}')
+      previous = str(runs[name].workdir)
     losses[f'stage {name}: {STAGES[name]}'] = report.read_curves(
       runs[name].workdir / 'metrics.jsonl'
     )
 
   clock.start('acting in the tabletop')
-  event, chunk = load_inference(out / 'stage2'), load_inference(out / 'stage5')
-  results, clips = _rollouts(plan, event, chunk, store)
+  bank = caption_bank(store)
+  event, thinking = load_inference(out / 'stage2'), load_inference(out / 'stage4', captions=bank)
+  chunk = load_inference(out / 'stage5', captions=bank)
+  results, clips = _rollouts(plan, event, chunk, store, bank)
   clock.start('scoring held-out events')
   actions = evaluators.evaluate_actions(*event, store, limit=plan.events)
   videos = evaluators.evaluate_video(*event, store, limit=plan.events)
   strips, traces = evaluators.samples(*event, store, count=4)
   latency = evaluators.measure_latency(*event, calls=plan.calls)
+  planned, told, reasonings = _language(plan, thinking, store)
 
   clock.start('writing the report')
   summary = {
@@ -92,6 +112,10 @@ def run(size: str, out: str | pathlib.Path) -> dict:
     'success_event': results[TRAINED].success.value,
     'success_untrained': results[UNTRAINED].success.value,
     'success_unified': results[UNIFIED].success.value,
+    'success_latents': results[LATENTS].success.value,
+    'next_event_top1': planned['event starts'].top1.value,
+    'time_mae_relative': planned['event starts'].relative.value,
+    'trace_token_accuracy': told['training wordings'].tokens.value,
     'psnr_model': videos['model'].psnr_end,
     'psnr_copy_last': videos['copy_last'].psnr_end,
     'action_mae': actions.policy['mae'],
@@ -104,6 +128,8 @@ def run(size: str, out: str | pathlib.Path) -> dict:
     'closed_loop': {name: result.to_json() for name, result in results.items()},
     'video': video.to_json(videos),
     'open_loop': actions.to_json(),
+    'plans': {name: score.to_json() for name, score in planned.items()},
+    'traces': {name: score.to_json() for name, score in told.items()},
     'latency': latency,
     'environment': base.environment(),
     'report': out / 'report.html',
@@ -121,7 +147,10 @@ def run(size: str, out: str | pathlib.Path) -> dict:
     open_loop=actions,
     actions=traces,
     latency=latency,
-    config=dataclasses.asdict(event[0]),
+    plans=planned,
+    traces=told,
+    reasonings=reasonings,
+    config=dataclasses.asdict(thinking[0]),
     environment=base.environment(),
   )
   report.write_report(out / 'report.html', page)
@@ -139,14 +168,36 @@ def _demonstrations(path: pathlib.Path, plan: Size) -> EventStore:
   return EventStore(path)
 
 
-def _stage_config(name: str, steps: int, source: str, store: EventStore) -> ExperimentConfig:
-  config = presets.stage(presets.tabletop(), name, steps=steps, init_from=source)
-  return dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(store.path)))
+def _stage_config(
+  name: str, steps: int, source: str, store: EventStore, out: pathlib.Path
+) -> ExperimentConfig:
+  config = presets.tabletop_language(str((out / 'weights').absolute()))
+  config = presets.stage(config, name, steps=steps, init_from=source)
+  batch = MOMENTS_BATCH if name in LANGUAGE_STAGES else config.data.batch_size
+  data = dataclasses.replace(config.data, store=str(store.path), batch_size=batch)
+  return dataclasses.replace(config, data=data)
 
 
-def _rollouts(plan: Size, event, chunk, store: EventStore):
-  """Scores of the trained, untrained and unified policies on the same scenes, and a few filmed
-  attempts.
+def _language(plan: Size, thinking, store: EventStore):
+  """Scores of plans and traces on held-out events, and a few of them in words."""
+  seen = Moments(*thinking, store, limit=plan.events)
+  at = {'event starts': 'start', 'inside events': 'random'}
+  planned = {
+    name: language_scores.evaluate_plans(dataclasses.replace(seen, where=where))
+    for name, where in at.items()
+  }
+  wordings = {'training wordings': 'train', 'held-out wordings': 'heldout'}
+  told = {
+    name: language_scores.evaluate_traces(dataclasses.replace(seen, phrasing=phrasing))
+    for name, phrasing in wordings.items()
+  }
+  few = dataclasses.replace(seen, limit=4)
+  return planned, told, language_scores.reasonings(few)
+
+
+def _rollouts(plan: Size, event, chunk, store: EventStore, bank):
+  """Scores of the trained, untrained and unified policies on the same scenes (with latents: on a
+  part of them), and a few filmed attempts.
   """
   suite = tasks.task_suite(jax.random.key(SUITE_SEED), tasks.SINGLE_KINDS, plan.attempts)
   captions = attempts.caption_table(event[0], store)
@@ -160,6 +211,11 @@ def _rollouts(plan: Size, event, chunk, store: EventStore):
     UNIFIED: score(chunk),
   }
   few = jax.tree.map(lambda x: x[:: plan.attempts], suite)
+  some = jax.tree.map(lambda x: x[::4], suite)
+  planning = attempts.planning_table(make_planning_texts(chunk[0]), bank)
+  results[LATENTS] = attempts.attempt(
+    *chunk, some, captions, max_steps=MAX_STEPS, source='staircase', planning=planning
+  ).score()
   filmed = attempts.attempt(*event, few, captions, max_steps=MAX_STEPS, record=True)
   clips = [
     report.RolloutClip(text, filmed.film(i), bool(filmed.rollouts.success[i]), filmed.fps)
@@ -187,6 +243,16 @@ def _cards(summary: dict) -> tuple[report.Card, ...]:
     report.Card('untrained', f'{100 * untrained["success"]:.0f} %', 'same scenes and noise'),
     report.Card(
       'unified-mode success', f'{100 * summary["success_unified"]:.0f} %', 'fixed chunks, stage 5'
+    ),
+    report.Card(
+      'next event named',
+      f'{100 * summary["next_event_top1"]:.0f} %',
+      f'remaining time within {100 * summary["time_mae_relative"]:.0f} % of the event',
+    ),
+    report.Card(
+      'reasoning in the latents',
+      f'{100 * summary["trace_token_accuracy"]:.0f} %',
+      'tokens of the trace reconstructed',
     ),
     report.Card(
       'PSNR at event end',

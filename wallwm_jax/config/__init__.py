@@ -8,8 +8,16 @@ arguments of jitted functions.
 
 from wallwm_jax.config.bridge import from_config_dict, nearest, to_config_dict
 from wallwm_jax.config.encoders import CodecConfig, TextConfig, UMT5Config, VAEConfig
+from wallwm_jax.config.language import (
+  HeadsConfig,
+  LanguageConfig,
+  QwenConfig,
+  StaircaseConfig,
+  VisionTowerConfig,
+)
 from wallwm_jax.config.model import ActionConfig, ActionSpec, ModelConfig, VideoConfig
 from wallwm_jax.config.run import (
+  LANGUAGE_STAGES,
   DataConfig,
   DiffusionConfig,
   ExperimentConfig,
@@ -20,21 +28,27 @@ from wallwm_jax.config.run import (
 )
 
 __all__ = [
+  'LANGUAGE_STAGES',
   'ActionConfig',
   'ActionSpec',
   'CodecConfig',
   'DataConfig',
   'DiffusionConfig',
   'ExperimentConfig',
+  'HeadsConfig',
   'InferenceConfig',
+  'LanguageConfig',
   'MeshConfig',
   'ModelConfig',
   'OptimConfig',
+  'QwenConfig',
+  'StaircaseConfig',
   'TextConfig',
   'TrainConfig',
   'UMT5Config',
   'VAEConfig',
   'VideoConfig',
+  'VisionTowerConfig',
   'from_config_dict',
   'nearest',
   'to_config_dict',

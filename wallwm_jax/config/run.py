@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from wallwm_jax.config.base import require
+from wallwm_jax.config.language import LanguageConfig
 from wallwm_jax.config.model import ModelConfig
-from wallwm_jax.types import Cameras, EventBatch, Text
+from wallwm_jax.types import Cameras, EventBatch, LanguageBatch, Prompt, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ class DataConfig:
   batch_size: int = 32  # global
   buckets: tuple[int, ...] = (4,)  # future latent frames N of each length bucket, ascending
   window: Literal['event', 'chunk'] = 'event'
+  text: Literal['caption', 'staircase'] = 'caption'  # what the towers are told by
+  phrasing: Literal['canonical', 'train', 'heldout'] = 'train'  # wordings that prompts are put in
   latents: str = ''  # latents of the store's events, from `wallwm data encode`; '' = encode frames
   balance: float = 0.5  # 0 = natural frequency, 1 = every label equally often
   stride: int = 1  # raw frames per model frame
@@ -143,12 +146,15 @@ class MeshConfig:
 class TrainConfig:
   """One training stage.
 
-  stage: 1 video, 2 action (video frozen), 5 both towers on chunk windows, 'joint' both towers on
-  event windows (the small joint fit). init_from: a workdir, a checkpoint or a folder of converted
+  stage: 1 video, 2 action (video frozen), 3 the heads of the frozen VLM, 4 staircase and prefix
+  projector, 5 both towers on chunk windows, 'joint' both towers on event windows (the small joint
+  fit), 'vlm' a small VLM and reader from scratch, in the place of public ones. unfreeze: parts that
+  train beyond those of the stage. init_from: a workdir, a checkpoint or a folder of converted
   weights whose params start this run ('' = random).
   """
 
-  stage: Literal['1', '2', '5', 'joint'] = '1'
+  stage: Literal['1', '2', '3', '4', '5', 'joint', 'vlm'] = '1'
+  unfreeze: tuple[str, ...] = ()
   steps: int = 1000
   seed: int = 0
   ema: float = 0.9999
@@ -162,6 +168,9 @@ class TrainConfig:
   def __post_init__(self):
     require(self.steps >= 1, f'train.steps: expected >= 1, got {self.steps}.')
     require(0 <= self.ema < 1, f'train.ema: expected 0 <= ema < 1, got {self.ema}.')
+
+
+LANGUAGE_STAGES = ('3', '4', 'vlm')  # they read moments of events, not windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +196,7 @@ class ExperimentConfig:
 
   name: str = 'experiment'
   model: ModelConfig = ModelConfig()
+  language: LanguageConfig = LanguageConfig()
   diffusion: DiffusionConfig = DiffusionConfig()
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
@@ -200,6 +210,12 @@ class ExperimentConfig:
       f'data.buckets: longest bucket {max(self.data.buckets)} exceeds '
       f'model.max_future={self.model.max_future}.',
     )
+    require(
+      self.language.kind != 'none'
+      or (self.data.text == 'caption' and self.train.stage not in LANGUAGE_STAGES),
+      f'language.kind: stage {self.train.stage!r} with data.text={self.data.text!r} needs the '
+      "language side, got 'none'. Set language.kind='qwen' and its sizes.",
+    )
 
   def window_frames(self, bucket: int) -> tuple[int, int]:
     """(T raw frames, K action steps) of one window with `bucket` future latent frames."""
@@ -207,10 +223,14 @@ class ExperimentConfig:
     r = self.model.steps_per_latent
     return 1 + r * (history + bucket), r * bucket
 
-  def inputs_spec(self, bucket: int | None = None, batch_size: int | None = None) -> EventBatch:
-    """The EventBatch of ShapeDtypeStructs a training step of this config receives."""
+  def inputs_spec(
+    self, bucket: int | None = None, batch_size: int | None = None
+  ) -> EventBatch | LanguageBatch:
+    """The batch of ShapeDtypeStructs a training step of this config receives."""
     bucket = self.data.buckets[-1] if bucket is None else bucket
     b = self.data.batch_size if batch_size is None else batch_size
+    if self.train.stage in LANGUAGE_STAGES:
+      return self._moments_spec(b)
     frames, steps = self.window_frames(bucket)
     v, (height, width) = len(self.model.views), self.model.image_size
     a, x, e = self.model.action_spec.dim, self.model.text.tokens, self.model.text.width
@@ -231,13 +251,32 @@ class ExperimentConfig:
       cameras=Cameras(s((b, v, 3, 3), f32), s((b, v, 4, 4), f32), s((b, v), np.dtype(bool))),
       uid=s((b, 2), np.dtype('uint32')),
       latents=s((b, v, 1 + bucket, h, w, c), f32) if latents else None,
+      prompt=_tokens(b, self.language.prompt_tokens) if self.data.text == 'staircase' else None,
+    )
+
+  def _moments_spec(self, b: int) -> LanguageBatch:
+    s, f32, i32 = jax.ShapeDtypeStruct, np.dtype('float32'), np.dtype('int32')
+    v, text, language = len(self.model.views), self.model.text, self.language
+    return LanguageBatch(
+      frames=s((b, v, *self.model.image_size, 3), np.dtype('uint8')),
+      state=s((b, self.model.action_spec.dim), f32),
+      view_mask=s((b, v), np.dtype(bool)),
+      prompt=_tokens(b, language.prompt_tokens),
+      answer=_tokens(b, language.answer_tokens),
+      trace=_tokens(b, language.trace_tokens),
+      text=Text(s((b, text.tokens, text.width), f32), s((b, text.tokens), np.dtype(bool))),
+      caption=s((b,), i32),
+      last=s((b,), i32),
+      remaining=s((b,), f32),
+      duration=s((b,), f32),
+      uid=s((b, 2), np.dtype('uint32')),
     )
 
   def fake_batch(
     self, bucket: int | None = None, batch_size: int | None = None, seed: int = 0
   ) -> EventBatch:
-    """A random but valid EventBatch (NumPy) of `inputs_spec`: full length, all views, cameras on a
-    ring.
+    """A random but valid batch (NumPy) of `inputs_spec`: full length, all views, cameras on a ring;
+    prompts with the image tokens of every view.
     """
     rng = np.random.default_rng(seed)
 
@@ -251,12 +290,35 @@ class ExperimentConfig:
       return rng.standard_normal(spec.shape).astype(np.float32)
 
     batch = jax.tree.map(fill, self.inputs_spec(bucket, batch_size))
+    if batch.prompt is not None:
+      batch = dataclasses.replace(batch, prompt=self._fake_tokens(batch.prompt, rng))
+    if isinstance(batch, LanguageBatch):
+      zeros = np.zeros_like(batch.caption)
+      answer, trace = (self._fake_tokens(x, rng, 0) for x in (batch.answer, batch.trace))
+      return dataclasses.replace(
+        batch,
+        answer=answer,
+        trace=trace,
+        caption=zeros,
+        last=np.arange(len(zeros), dtype=np.int32) % 2 - 1,
+        remaining=np.abs(batch.remaining),
+      )
     b = batch.num_frames.shape[0]
     bucket = self.data.buckets[-1] if bucket is None else bucket
     length = np.full((b,), self.window_frames(bucket)[0], np.int32)
     return dataclasses.replace(
       batch, num_frames=length, raw_length=length, cameras=self._fake_cameras(b)
     )
+
+  def _fake_tokens(self, tokens: Prompt, rng, images: int | None = None) -> Prompt:
+    """Random text after `images` image tokens, by default those of all views."""
+    vlm, shape = self.language.vlm, tokens.ids.shape
+    if images is None:
+      h, w = self.language.image_size or self.model.image_size
+      images = len(self.model.views) * (h // vlm.vision.factor) * (w // vlm.vision.factor)
+    ids = rng.integers(0, min(vlm.image_token, vlm.video_token, vlm.vocab), shape, np.int32)
+    ids[:, :images] = vlm.image_token
+    return Prompt(ids, np.ones(shape, bool))
 
   def _fake_cameras(self, b: int) -> Cameras:
     v, (height, width) = len(self.model.views), self.model.image_size
@@ -271,3 +333,8 @@ class ExperimentConfig:
       extrinsics[:, i, :3, :3] = np.stack([np.cross(down, forward), down, forward], -1)
       extrinsics[:, i, :3, 3] = -forward
     return Cameras(intrinsics, extrinsics, np.ones((b, v), bool))
+
+
+def _tokens(batch: int, length: int) -> Prompt:
+  s = jax.ShapeDtypeStruct
+  return Prompt(s((batch, length), np.dtype('int32')), s((batch, length), np.dtype(bool)))

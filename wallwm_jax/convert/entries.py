@@ -1,8 +1,9 @@
 """What a conversion is made of: one entry per tensor of a public checkpoint, in both directions.
 
-A family (`wan_dit`, `wan_vae`, `umt5`) lists every tensor that a model of a given config has: its
-key in each public naming, its torch shape, and the parameter (and row of a stacked one) it becomes.
-Missing, unexpected and misshaped keys, the conversion and its inverse all follow from that list.
+A family (`wan_dit`, `wan_vae`, `umt5`, `qwen`) lists every tensor that a model of a given config
+has: its key in each public naming, its torch shape, and the parameter (and row of a stacked one) it
+becomes. Missing, unexpected and misshaped keys, the conversion and its inverse all follow from that
+list.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import numpy as np
 
 from wallwm_jax.types import Params, nest
 
+# The two public namings of a model. 'diffusers': of diffusers or transformers; 'original': of the
+# authors' own files. Qwen3.5 has transformers' names only: there 'diffusers' are those of the whole
+# model and 'original' those of its text-only class, which has no vision tower.
 Naming = Literal['diffusers', 'original']
-# same: unchanged. linear: [out, in] -> [in, out]. conv: [O, I, *k] -> [*k, I, O]. pointwise: a 1x1
-# convolution as a linear map, [O, I, 1..] -> [I, O]. patch: [D, C, 1, ph, pw] -> [ph * pw * C, D].
-# squeeze: sides of 1 removed.
-Layout = Literal['same', 'linear', 'conv', 'pointwise', 'patch', 'squeeze']
+# same: unchanged. linear: [out, in] -> [in, out]. conv: [O, I, *k] -> [*k, I, O]. flat: a 1x1 or
+# depthwise convolution, or one over whole patches, as a matrix, [O, *rest] -> [prod(rest), O].
+# patch: [D, C, 1, ph, pw] -> [ph * pw * C, D]. squeeze: sides of 1 removed.
+Layout = Literal['same', 'linear', 'conv', 'flat', 'patch', 'squeeze']
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """One tensor.
 
-  diffusers, original: its key in the diffusers (or transformers) and in the authors' files. shape:
-  in torch. path: of our parameter; layer: its row of the leading axis, None = not stacked.
+  diffusers, original: its key in either naming, '' where that naming has no such tensor. shape: in
+  torch. path: of our parameter; layer: its row of the leading axis, None = not stacked.
   """
 
   diffusers: str
@@ -47,8 +51,8 @@ class Entry:
         return x.T
       case 'conv':
         return np.moveaxis(x, (0, 1), (-1, -2))
-      case 'pointwise':
-        return x.reshape(x.shape[:2]).T
+      case 'flat':
+        return x.reshape(x.shape[0], -1).T
       case 'patch':
         return np.moveaxis(x[:, :, 0], (0, 1), (3, 2)).reshape(-1, x.shape[0])
       case 'squeeze':
@@ -62,7 +66,7 @@ class Entry:
         return x.T
       case 'conv':
         return np.moveaxis(x, (-1, -2), (0, 1))
-      case 'pointwise':
+      case 'flat':
         return x.T.reshape(self.shape)
       case 'patch':
         d, c, _, ph, pw = self.shape

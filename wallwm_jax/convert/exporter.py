@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from wallwm_jax import weights
-from wallwm_jax.convert.entries import Entry, Naming
+from wallwm_jax.convert.entries import Entry, Naming, parameter_shapes
 from wallwm_jax.convert.importer import Progress, contiguous
 from wallwm_jax.convert.plan import FAMILIES, Family
 from wallwm_jax.convert.source import FLOATS, INDEX
-from wallwm_jax.convert.staging import check_new, new_folder
 from wallwm_jax.convert.torch_config import torch_config
 from wallwm_jax.types import CheckpointError
 
@@ -29,7 +28,7 @@ _EXTRAS = ('tokenizer.json', 'tokenizer_config.json')
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-  """A tensor to write: its key, where it is, and what the source said of it."""
+  """A tensor to write: its key, where it is, what the source said of it (no sha256 = no source)."""
 
   key: str
   entry: Entry
@@ -53,6 +52,7 @@ def export_weights(
   """Writes the public checkpoint of a weight folder: safetensors with an index, and config.json.
 
   Every tensor gets back its dtype and bytes; that they are the source's is checked by checksum.
+  Tensors that a naming does not have are left out.
 
   Args:
     path: weight folder. out: new folder. family: what it must hold (None = anything).
@@ -60,13 +60,13 @@ def export_weights(
     shard_bytes: a new file begins before this size is exceeded.
 
   Returns:
-    {'naming', 'files', 'tensors', 'bytes'}.
+    {'naming', 'files', 'tensors', 'left_out' (tensors), 'bytes'}.
 
   Raises:
     CheckpointError: no weight folder, another family, damaged values (all named; nothing is left
       of `out`), or `out` exists.
   """
-  check_new(out)
+  weights.check_new(out)
   manifest, items = _open(path, family, naming)
   family = FAMILIES[manifest.family]
   naming = naming or manifest.naming
@@ -77,7 +77,7 @@ def export_weights(
     f'{family.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1
     else f'{family.stem}.safetensors' for i in range(len(shards))
   ]  # fmt: skip
-  with new_folder(out) as folder:
+  with weights.new_folder(out) as folder:
     damaged, done = [], 0
     for name, shard in zip(names, shards):
       for problem, written in _write_shard(folder / name, shard, reader):
@@ -96,7 +96,13 @@ def export_weights(
     for extra in _EXTRAS:
       if (pathlib.Path(path) / extra).is_file():
         shutil.copyfile(pathlib.Path(path) / extra, folder / extra)
-  return {'naming': naming, 'files': names, 'tensors': len(index), 'bytes': total}
+  return {
+    'naming': naming,
+    'files': names,
+    'tensors': len(index),
+    'left_out': sum(not entry.key(naming) for entry in family.module.model(manifest.fields)),
+    'bytes': total,
+  }
 
 
 def export_table(
@@ -123,6 +129,8 @@ def _open(path, family: Family | None, naming: Naming | None):
 def _items(manifest: weights.Manifest, family: Family, naming: Naming) -> list[_Item]:
   """The tensors to write in the order of the source. Its second names of a tensor belong to its
   naming; in the other one every tensor has one."""
+  if not manifest.keys:
+    return _items_of_ours(manifest, family, naming)
   entries = {(e.path, e.layer): e for e in family.module.model(manifest.fields)}
   items = []
   for key, row in manifest.keys.items():
@@ -130,9 +138,27 @@ def _items(manifest: weights.Manifest, family: Family, naming: Naming) -> list[_
     if status == 'used' or (status == 'alias' and naming == manifest.naming):
       used = row if status == 'used' else manifest.keys[row['of']]
       entry = entries[used['path'], used['layer']]
-      name = key if naming == manifest.naming else entry.key(naming)
-      items.append(_Item(name, entry, row['dtype'], row['sha256']))
+      if name := key if naming == manifest.naming else entry.key(naming):
+        items.append(_Item(name, entry, row['dtype'], row['sha256']))
   return items
+
+
+def _items_of_ours(manifest: weights.Manifest, family: Family, naming: Naming) -> list[_Item]:
+  """The tensors of weights that come from no checkpoint."""
+  entries = family.module.model(manifest.fields)
+  names = {dtype.name: name for name, dtype in FLOATS.items()}
+  stored = {path: tuple(leaf['shape']) for path, leaf in manifest.leaves.items()}
+  if stored != (expected := parameter_shapes(entries)):
+    differ = sorted(p for p in stored.keys() | expected if stored.get(p) != expected.get(p))
+    raise CheckpointError(
+      f'expected the parameters of the {family.name} model that the manifest describes; these '
+      f'differ: {", ".join(differ)}. Save the weights again.'
+    )
+  return [
+    _Item(entry.key(naming), entry, names[manifest.leaves[entry.path]['dtype']], '')
+    for entry in entries
+    if entry.key(naming)
+  ]
 
 
 def _shards(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
@@ -170,7 +196,7 @@ def _write_shard(
         file.write(slab)
       got = sha.hexdigest()
       wrong = f'{item.key}: expected sha256 {item.sha256}, got {got}'
-      yield [] if got == item.sha256 else [wrong], item.nbytes
+      yield [] if item.sha256 in ('', got) else [wrong], item.nbytes
 
 
 def _slabs(item: _Item, reader: weights.Reader) -> Iterator[memoryview]:

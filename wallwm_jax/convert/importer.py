@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy as np
 from wallwm_jax import weights
 from wallwm_jax.convert.plan import Plan
 from wallwm_jax.convert.source import MappedFile, Source, Tensor
-from wallwm_jax.convert.staging import check_new, new_folder
 
 TOKENIZER = 'tokenizer.json'
 _TOKENIZER_CONFIG = 'tokenizer_config.json'
@@ -37,7 +35,7 @@ def find_tokenizer(source: Source, given: str | None) -> tuple[pathlib.Path | No
     return None, [
       f'{TOKENIZER}: expected {candidates[0]}, found none. Pass --tokenizer FILE; the public Wan '
       f'repositories hold it as google/umt5-xxl/{TOKENIZER} (original) and tokenizer/{TOKENIZER} '
-      '(diffusers).'
+      '(diffusers), those of Qwen beside the weights.'
     ]
   try:
     if 'model' in json.loads(path.read_text()):
@@ -67,16 +65,12 @@ def import_weights(
     CheckpointError: `out` exists, or storage failed; then nothing is left of it.
     ConfigError: a parameter that the mesh does not divide.
   """
-  check_new(out)
+  weights.check_new(out)
   leaves = plan.leaves(mesh)
   stream = _Stream(plan, leaves, progress)
-  with new_folder(out) as folder:
+  with weights.new_folder(out) as folder:
     weights.write(folder / weights.PARAMS, leaves.values(), stream.parts())
-    files = stream.files
-    for name, path in _tokenizer_files(tokenizer).items():
-      shutil.copyfile(path, folder / name)
-      data = path.read_bytes()
-      files[name] = {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
+    files = stream.files | weights.copy_files(folder, _tokenizer_files(tokenizer))
     manifest = weights.Manifest(
       component=plan.family.component,
       family=plan.family.name,
@@ -152,7 +146,7 @@ class _Stream:
       if entry.layout != 'same':
         row['reshaped'] = list(entry.jax_shape())
     elif row['status'] == 'alias':
-      row['of'] = plan.family.module.ALIASES[key]
+      row['of'] = plan.alias_of(key)
     return row
 
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from wallwm_jax import weights
-from wallwm_jax.config import ModelConfig
-from wallwm_jax.convert import umt5, wan_dit, wan_vae
+from wallwm_jax.config import LanguageConfig, ModelConfig
+from wallwm_jax.convert import qwen, umt5, wan_dit, wan_vae
 from wallwm_jax.convert.entries import Entry, Naming, parameter_shapes
 from wallwm_jax.convert.source import FLOATS, MappedFile, Source, Tensor, pickles, resave_hint
 from wallwm_jax.types import CheckpointError, ConfigError
@@ -22,7 +22,7 @@ from wallwm_jax.types import CheckpointError, ConfigError
 class FamilyModule(Protocol):
   """What a module of a family of checkpoints offers."""
 
-  ALIASES: dict[str, str]  # other name -> key of the same tensor
+  ALIASES: dict[str, str]  # other name -> 'diffusers' key of the same tensor
   IGNORED: tuple[str, ...]  # keys that are no part of the model, regular expressions
 
   def infer(self, shapes, source_config) -> tuple[Naming, dict[str, Any]]: ...
@@ -33,7 +33,9 @@ class FamilyModule(Protocol):
 class Family:
   """name: of the verb; subfolder: where a diffusers pipeline keeps this model; stem: of its files.
 
-  undecided: fields that no checkpoint decides, so that an experiment may differ in them.
+  undecided: fields that no checkpoint decides, so that an experiment may differ in them. tokenizer:
+  whether a tokenizer.json belongs to it. prefix: what the model's own keys begin with, in both
+  namings, although other programs wrap models in a prefix of the same name.
   """
 
   name: str
@@ -42,6 +44,8 @@ class Family:
   subfolder: str
   stem: str
   undecided: tuple[str, ...]
+  tokenizer: bool = False
+  prefix: str = ''
 
 
 FAMILIES = {
@@ -56,7 +60,12 @@ FAMILIES = {
       ('weights', 'vae.dtype', 'vae.chunk', 'vae.tile', 'vae.latent_mean', 'vae.latent_std'),
     ),
     Family(
-      'umt5', 'text', umt5, 'text_encoder', 'model', ('weights', 'cache', 'tokens', 'umt5.dtype')
+      'umt5', 'text', umt5, 'text_encoder', 'model', ('weights', 'cache', 'tokens', 'umt5.dtype'),
+      tokenizer=True,
+    ),
+    Family(
+      'qwen', 'vlm', qwen, '', 'model', ('weights', 'dtype', 'remat'), tokenizer=True,
+      prefix='model.',
     ),
   )
 }  # fmt: skip
@@ -75,6 +84,10 @@ class Plan:
   fields: dict[str, Any]
   used: dict[str, Entry]
   statuses: dict[str, str]
+
+  def alias_of(self, key: str) -> str:
+    """The key whose tensor `key`, of status 'alias', is another name of."""
+    return _aliases(self.family, [*self.used.values()], self.naming)[key]
 
   def leaves(self, mesh: Mapping[str, int]) -> dict[str, weights.Leaf]:
     """The parameters to write. One whose layers have several dtypes gets the one that holds all of
@@ -121,19 +134,21 @@ class Plan:
 def make_plan(
   family: Family,
   source: Source,
-  config: ModelConfig | None = None,
+  config: ModelConfig | LanguageConfig | None = None,
   further: Sequence[str] = (),
 ) -> Plan:
   """Matches every tensor of `source` with a parameter.
 
   Args:
-    config: of the experiment the weights are meant for; its sizes must be the checkpoint's.
+    config: of the experiment the weights are meant for; its sizes must be the checkpoint's. A
+      LanguageConfig for Qwen.
     further: problems found elsewhere, to be listed with the rest.
 
   Raises:
     CheckpointError: missing, unexpected, misshaped or integer tensors, damaged files, sizes that
       are not the experiment's; all of them by name with expected and got.
   """
+  source = source.restore(family.prefix)
   problems = [*source.problems]
   try:
     naming, fields = family.module.infer(source.shapes(), source.config)
@@ -151,9 +166,10 @@ def match(
   family: Family, source: Source, entries: Sequence[Entry], naming: Naming
 ) -> tuple[dict[str, Entry], dict[str, str], list[str]]:
   """(used entries by source key, status of the other keys, problems)."""
-  names = {key: alias for alias, key in family.module.ALIASES.items()}
-  used, statuses, problems = {}, {}, []
   wanted = {entry.key(naming): entry for entry in entries}
+  aliases = _aliases(family, entries, naming)
+  names = {key: alias for alias, key in aliases.items()}
+  used, statuses, problems = {}, {}, []
   for key, entry in wanted.items():
     found = key if key in source.tensors else names.get(key, key)
     if found in source.tensors:
@@ -164,9 +180,9 @@ def match(
   for key, tensor in source.tensors.items():
     if key in used:
       continue
-    if family.module.ALIASES.get(key) in used:
+    if aliases.get(key) in used:
       statuses[key] = 'alias'
-      problems += _check_alias(tensor, source.tensors[family.module.ALIASES[key]])
+      problems += _check_alias(tensor, source.tensors[aliases[key]])
     elif any(re.fullmatch(pattern, key) for pattern in family.module.IGNORED):
       statuses[key] = 'ignored'
     else:
@@ -174,8 +190,12 @@ def match(
   return used, statuses, problems
 
 
-def compare(family: Family, fields: Mapping[str, Any], config: ModelConfig) -> list[str]:
+def compare(
+  family: Family, fields: Mapping[str, Any], config: ModelConfig | LanguageConfig
+) -> list[str]:
   """Sizes in which an experiment's model differs from the checkpoint."""
+  if isinstance(config, LanguageConfig):
+    return _compare_language(family, fields, config)
   section = {'video': config.video, 'codec': config.codec, 'text': config.text}[family.component]
   expected = _flatten(f'model.{family.component}', dataclasses.asdict(section))
   got = _flatten(f'model.{family.component}', fields['config'])
@@ -190,11 +210,43 @@ def compare(family: Family, fields: Mapping[str, Any], config: ModelConfig) -> l
       'model.codec.channels': fields['channels'],
       'model.text.width': fields['text_width'],
     }
+  return _differences(expected, got)
+
+
+def _compare_language(family: Family, fields, config: LanguageConfig) -> list[str]:
+  """As `compare`; the checkpoint has to be either the VLM's or the reader's. A part that sees no
+  images has no use for a vision tower, so the checkpoint may have one."""
+  if config.kind == 'none':
+    return ["language.kind: expected 'qwen', got 'none': the experiment has no language side."]
+  problems = []
+  for part in ('vlm', 'reader'):
+    expected = _flatten(f'language.{part}', dataclasses.asdict(getattr(config, part)))
+    for name in [*expected]:
+      field = name.split('.', 2)[2]
+      blind = not getattr(config, part).vision.layers
+      unused = blind and field.startswith(('vision.', 'image_token', 'video_token'))
+      if field in family.undecided or unused:
+        del expected[name]
+    differing = _differences(expected, _flatten(f'language.{part}', fields['config']))
+    if not differing:
+      return []
+    problems += differing
+  return problems
+
+
+def _differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
   return [
     f'{name}: expected {value} (the experiment), got {got.get(name)} (the checkpoint).'
     for name, value in expected.items()
     if got.get(name) != value
   ]
+
+
+def _aliases(family: Family, entries: Sequence[Entry], naming: Naming) -> dict[str, str]:
+  """{other name: key} in this naming; a name that is a key of its own is no other name."""
+  keys = {entry.diffusers: entry.key(naming) for entry in entries}
+  others = {alias: keys[key] for alias, key in family.module.ALIASES.items() if key in keys}
+  return {alias: key for alias, key in others.items() if alias not in keys.values()}
 
 
 def _exact_type(a: np.dtype, b: np.dtype) -> np.dtype:

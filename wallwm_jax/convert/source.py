@@ -78,6 +78,23 @@ class Source:
   def shapes(self) -> dict[str, tuple[int, ...]]:
     return {key: tensor.shape for key, tensor in self.tensors.items()}
 
+  def restore(self, prefix: str) -> Source:
+    """The source with `prefix`, which is part of the model's own keys, put back where it was taken
+    for a wrapper's."""
+    if not prefix or not self.prefix.endswith(prefix):
+      return self
+    if any(key.startswith(prefix) for key in [*self.tensors, *self.lost]):
+      return self  # `model.model.`: one of the two was a wrapper's
+    return dataclasses.replace(
+      self,
+      prefix=self.prefix.removesuffix(prefix),
+      lost={prefix + key for key in self.lost},
+      tensors={
+        prefix + key: dataclasses.replace(tensor, key=prefix + key)
+        for key, tensor in self.tensors.items()
+      },
+    )
+
   def in_file(self, file: pathlib.Path) -> list[Tensor]:
     """Tensors of one file by position."""
     return sorted((t for t in self.tensors.values() if t.file == file), key=lambda t: t.start)

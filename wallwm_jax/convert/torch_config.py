@@ -21,6 +21,8 @@ def torch_config(component: str, fields: Mapping[str, Any], naming: Naming) -> d
     return _vae(config)
   if component == 'text':
     return _umt5(config)
+  if component == 'vlm':
+    return _qwen(config) if naming == 'diffusers' else _qwen_text(config, 'Qwen3_5ForCausalLM')
   return _dit_diffusers(fields) if naming == 'diffusers' else _dit_original(fields)
 
 
@@ -115,4 +117,67 @@ def _umt5(text: Mapping[str, Any]) -> dict[str, Any]:
     'is_encoder_decoder': False,
     'pad_token_id': 0,
     'eos_token_id': 1,
+  }
+
+
+def _qwen(c: Mapping[str, Any]) -> dict[str, Any]:
+  config = {
+    'architectures': ['Qwen3_5ForConditionalGeneration'],
+    'model_type': 'qwen3_5',
+    'image_token_id': c['image_token'],
+    'video_token_id': c['video_token'],
+    'tie_word_embeddings': c['tied'],
+    'text_config': _qwen_text(c),
+  }
+  if (v := c['vision'])['layers']:
+    config['vision_config'] = {
+      'model_type': 'qwen3_5_vision',
+      'depth': v['layers'],
+      'hidden_size': v['width'],
+      'intermediate_size': v['ffn'],
+      'num_heads': v['heads'],
+      'patch_size': v['patch'],
+      'temporal_patch_size': v['temporal'],
+      'spatial_merge_size': v['merge'],
+      'num_position_embeddings': v['positions'],
+      'out_hidden_size': c['width'],
+      'in_channels': 3,
+      'hidden_act': 'gelu_pytorch_tanh',
+    }
+  return config
+
+
+def _qwen_text(c: Mapping[str, Any], architecture: str = '') -> dict[str, Any]:
+  """As a section of the whole model's config, or alone with its own class and token ids."""
+  alone = {
+    'architectures': [architecture],
+    'image_token_id': c['image_token'],
+    'video_token_id': c['video_token'],
+  }
+  return (alone if architecture else {}) | {
+    'model_type': 'qwen3_5_text',
+    'vocab_size': c['vocab'],
+    'hidden_size': c['width'],
+    'intermediate_size': c['ffn'],
+    'num_hidden_layers': len(c['layer_types']),
+    'layer_types': [f'{kind}_attention' for kind in c['layer_types']],
+    'num_attention_heads': c['heads'],
+    'num_key_value_heads': c['kv_heads'],
+    'head_dim': c['head_dim'],
+    'linear_num_key_heads': c['linear_key_heads'],
+    'linear_num_value_heads': c['linear_value_heads'],
+    'linear_key_head_dim': c['linear_key_dim'],
+    'linear_value_head_dim': c['linear_value_dim'],
+    'linear_conv_kernel_dim': c['conv'],
+    'rms_norm_eps': c['eps'],
+    'rope_parameters': {
+      'rope_type': 'default',
+      'rope_theta': c['rope_theta'],
+      'partial_rotary_factor': c['rotary'],
+      'mrope_section': list(c['mrope_section']),
+      'mrope_interleaved': True,
+    },
+    'tie_word_embeddings': c['tied'],
+    'attention_bias': False,
+    'hidden_act': 'silu',
   }

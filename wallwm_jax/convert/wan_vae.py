@@ -205,8 +205,8 @@ def _res(block: _Block, c_in: int, c_out: int) -> Iterator[Entry]:
 
 def _attention(block: _Block, width: int, _: int) -> Iterator[Entry]:
   yield from block.part('norm', _ATTENTION).norm(width, rank=3)
-  yield from block.part('qkv', _ATTENTION).conv((3 * width, width, 1, 1), 'pointwise')
-  yield from block.part('proj', _ATTENTION).conv((width, width, 1, 1), 'pointwise')
+  yield from block.part('qkv', _ATTENTION).conv((3 * width, width, 1, 1), 'flat')
+  yield from block.part('proj', _ATTENTION).conv((width, width, 1, 1), 'flat')
 
 
 def _naming(shapes: Shapes) -> Naming:

@@ -18,7 +18,9 @@ class ClosedLoopResult:
   """Scores of n rollouts.
 
   success: rate; progress: mean task progress 0..100; by_kind: {kind: (success, progress)} in order
-  of first appearance; macro_success: mean of the kinds' success rates.
+  of first appearance; macro_success: mean of the kinds' success rates; planned: share of turns for
+  which a planner named the environment's own next event, mean over rollouts, None where no planner
+  spoke.
   """
 
   n: int
@@ -26,14 +28,24 @@ class ClosedLoopResult:
   progress: Interval
   by_kind: dict[str, tuple[Interval, Interval]]
   macro_success: float
+  planned: Interval | None = None
 
   def to_json(self) -> dict:
-    """Flat keys for scripts: success, success_low, success_high, progress, ..., n, kinds."""
+    """Flat keys for scripts: success, success_low, success_high, progress, ..., n, kinds, and
+    planned, ... of a planner."""
     kinds = {kind: _flat(*pair) for kind, pair in self.by_kind.items()}
-    return _flat(self.success, self.progress) | {
+    result = _flat(self.success, self.progress) | {
       'macro_success': self.macro_success,
       'kinds': kinds,
     }
+    if self.planned is not None:
+      planned = self.planned
+      result |= {
+        'planned': planned.value,
+        'planned_low': planned.low,
+        'planned_high': planned.high,
+      }
+    return result
 
 
 def _flat(success: Interval, progress: Interval) -> dict:
@@ -48,15 +60,20 @@ def _flat(success: Interval, progress: Interval) -> dict:
   }
 
 
-def evaluate(success, progress, kinds: Sequence[str] | None = None) -> ClosedLoopResult:
+def evaluate(
+  success, progress, kinds: Sequence[str] | None = None, planned=None
+) -> ClosedLoopResult:
   """Scores rollouts.
 
   Args:
     success: [n] bool; progress: [n] in 0..100; kinds: [n] names (event kinds, tasks), None = one
       kind.
+    planned: [n] share of each rollout's turns that a planner named rightly, NaN where it had no
+      turn; None = no planner.
 
   Raises:
-    DataError: no rollouts, lengths that differ, progress outside 0..100 or not finite.
+    DataError: no rollouts, lengths that differ, progress outside 0..100 or not finite, shares
+      outside 0..1.
   """
   success, progress = np.asarray(success, bool), np.asarray(progress, np.float64)
   kinds = np.asarray(['all'] * len(success) if kinds is None else list(kinds))
@@ -78,7 +95,20 @@ def evaluate(success, progress, kinds: Sequence[str] | None = None) -> ClosedLoo
   by_kind = {kind: score(kinds == kind) for kind in dict.fromkeys(kinds.tolist())}
   overall = score(np.ones(len(success), bool))
   macro = float(np.mean([pair[0].value for pair in by_kind.values()]))
-  return ClosedLoopResult(len(success), *overall, by_kind, macro)
+  return ClosedLoopResult(
+    len(success), *overall, by_kind, macro, None if planned is None else _shares(planned, success)
+  )
+
+
+def _shares(planned, success) -> Interval | None:
+  planned = np.asarray(planned, np.float64)
+  known = planned[~np.isnan(planned)]
+  if planned.shape != success.shape or not ((known >= 0) & (known <= 1)).all():
+    raise DataError(
+      f'closed-loop evaluation: expected planned {success.shape} in 0..1 or NaN, got '
+      f'{planned.shape}: {planned}.'
+    )
+  return bootstrap_interval(known) if len(known) else None
 
 
 def mcnemar(first, second) -> float:

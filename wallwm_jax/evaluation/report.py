@@ -14,6 +14,7 @@ import numpy as np
 
 from wallwm_jax.evaluation import base, page, plots
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult
+from wallwm_jax.evaluation.language import PlanScore, TraceScore
 from wallwm_jax.evaluation.open_loop import OpenLoopResult
 from wallwm_jax.evaluation.video import VideoResult, unit_range
 from wallwm_jax.types import DataError
@@ -70,13 +71,25 @@ class RolloutClip:
   fps: float
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reasoning:
+  """One moment: frames [V, H, W, 3] uint8, the instruction, the reasoning trace it was trained to
+  hold, and what the reader says the latents mean."""
+
+  instruction: str
+  frames: np.ndarray
+  trace: str
+  said: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What the page shows; a part that is empty is left out.
 
   losses: {stage: {metric: (steps, values)}}, see `read_curves`; closed_loop: {policy: result}, the
   policy that matters first; video: {predictor: result}; latency: what `latency.measure_parts`
-  answers; config: any nested dict; environment: of `base.environment`.
+  answers; plans: {where: score} and traces: {wording: score} of the language side; config: any
+  nested dict; environment: of `base.environment`.
   """
 
   title: str
@@ -90,6 +103,9 @@ class Report:
   open_loop: OpenLoopResult | None = None
   actions: Sequence[ActionTrace] = ()
   latency: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  plans: Mapping[str, PlanScore] = dataclasses.field(default_factory=dict)
+  traces: Mapping[str, TraceScore] = dataclasses.field(default_factory=dict)
+  reasonings: Sequence[Reasoning] = ()
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -108,6 +124,7 @@ def render(report: Report) -> str:
     'Closed loop': (report.closed_loop or report.clips, _closed_loop),
     'Predicted video': (report.video or report.strips, _video),
     'Actions': (report.open_loop or report.actions, _actions),
+    'Language': (report.plans or report.traces or report.reasonings, _language),
     'Training': (report.losses, _training),
     'Latency': (report.latency, _latency),
     'Setup': (report.config or report.environment, _setup),
@@ -290,6 +307,49 @@ def _action_tables(result: OpenLoopResult) -> list[str]:
       page.details('By kind of event', page.table(('kind', 'events', 'MAE', 'hold still'), rows))
     )
   return blocks
+
+
+def _language(title: str, report: Report) -> str:
+  blocks = []
+  if report.plans:
+    head = ('moments', 'plans', 'next event', '95 %', 'time error', 'of the event', 'mean answer')
+    rows = [
+      (
+        where,
+        p.n,
+        f'{100 * p.top1.value:.1f} %',
+        _range(p.top1, 100),
+        f'{p.time_mae.value:.2f} s',
+        f'{100 * p.relative.value:.1f} %',
+        f'{100 * p.relative_mean:.1f} %',
+      )
+      for where, p in report.plans.items()
+    ]
+    blocks.append(page.table(head, rows))
+  if report.traces:
+    head = ('instructions', 'traces', 'tokens', '95 %', 'whole traces')
+    rows = [
+      (
+        wording,
+        t.n,
+        f'{100 * t.tokens.value:.1f} %',
+        _range(t.tokens, 100),
+        f'{100 * t.exact.value:.0f} %',
+      )
+      for wording, t in report.traces.items()
+    ]
+    blocks.append(page.table(head, rows))
+  for thought in report.reasonings:
+    views = page.image(page.film_row(thought.frames), thought.instruction)
+    rows = (('true', thought.trace), ('read from the latents', thought.said))
+    table = page.table(('reasoning', ''), rows, text=True)
+    blocks.append(f'<h3>“{page.escape(thought.instruction)}”</h3>{views}{table}')
+  return page.section(
+    title,
+    'What the VLM plans on held-out events, and how much of the reasoning its latents hold: the '
+    'accuracy of each token of the trace given those before it, read by a small language model.',
+    *blocks,
+  )
 
 
 def _training(title: str, report: Report) -> str:

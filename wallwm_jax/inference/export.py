@@ -45,6 +45,8 @@ def export_policy(cfg: ExperimentConfig, params: InferenceParams, out_dir: str |
                   platforms: Sequence[str] = ('cpu',)) -> dict[str, Any]:
   """Writes event and unified mode as `jax.export` artifacts with weights and signature.
 
+  Both take text features as an input; what makes them, a language side included, stays out.
+
   Args:
     params: weights and statistics; any array type, stored as they are.
     out_dir: created where missing. An older policy in it is replaced only after everything has
@@ -55,11 +57,12 @@ def export_policy(cfg: ExperimentConfig, params: InferenceParams, out_dir: str |
   Returns:
     The signature that was written.
   """
-  frozen = dict(vars(params.frozen)) | {'norm': vars(params.norm)}
+  frozen = {'norm': vars(params.norm), 'codec': params.frozen.codec}
   if params.frozen.null_text is not None:
     frozen['null_text'] = vars(params.frozen.null_text)
-  weights = flatten({'model': params.model} | frozen)
-  weights = {name: np.asarray(value) for name, value in weights.items() if value is not None}
+  towers = {name: params.model[name] for name in ('video', 'action')}
+  weights = flatten({'model': towers} | frozen)
+  weights = {name: np.asarray(value) for name, value in weights.items()}
   files, functions = {'weights.npz': _npz(weights)}, {}
   for name, (function, specs) in _functions(cfg, batch_size, bucket).items():
     trace = jax.export.export(jax.jit(function), platforms=list(platforms))

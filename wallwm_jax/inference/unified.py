@@ -1,56 +1,11 @@
-"""Unified mode: fixed-length chunks with a history window, and the sources of their text.
-
-A text source is a pure function from `TextContext` to `Text`. The denoiser never learns which
-source spoke, so a rollout may switch between them at any chunk; a source that answers with
-language-model latents implements the same call.
-"""
+"""Unified mode: fixed-length chunks with a history window, told by any source of text."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.inference import denoiser
 from wallwm_jax.inference.denoiser import EventPrediction, Noise, Window
-from wallwm_jax.types import InferenceParams, Observation, PRNGKey, Text, pytree_dataclass
-
-
-@pytree_dataclass
-class TextContext:
-  """What a text source may read before chunk number `step`; obs and encoded texts have B = 1."""
-
-  obs: Observation
-  instruction: Text
-  atomic: Text
-  step: Int[Array, ""]
-
-
-TextSource = Callable[[TextContext], Text]
-
-
-def instruction_source(context: TextContext) -> Text:
-  """Source 1: the global instruction, encoded once per rollout."""
-  return context.instruction
-
-
-def atomic_source(context: TextContext) -> Text:
-  """Source 2: the atomic instruction (caption of the next event) of this chunk."""
-  return context.atomic
-
-
-def switched_source(sources: Sequence[TextSource], schedule: Int[Array, "S"]) -> TextSource:
-  """The source `schedule` names at each step: indices into `sources`; the last one holds on."""
-  schedule = jnp.asarray(schedule, jnp.int32)
-
-  def source(context: TextContext) -> Text:
-    index = schedule[jnp.minimum(context.step, schedule.shape[0] - 1)]
-    return jax.lax.switch(index, list(sources), context)
-
-  return source
+from wallwm_jax.types import InferenceParams, Observation, PRNGKey, Text
 
 
 def predict_chunk(params: InferenceParams, obs: Observation, text: Text, key: PRNGKey, *,

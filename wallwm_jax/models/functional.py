@@ -1,4 +1,4 @@
-"""The only door to the model: pure functions over nested dicts of arrays.
+"""The door to the world-action model: pure functions over nested dicts of arrays.
 
 Every function takes the frozen `ModelConfig` as static data. Flax objects never leave this module:
 a tower is merged from its (cached) graph definition and the caller's plain dict at trace time.
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from wallwm_jax.config import CodecConfig, ModelConfig, TextConfig
 from wallwm_jax.models import codec as dct
 from wallwm_jax.models.action_dit import ActionTower, AnchorCache
+from wallwm_jax.models.binding import bind, fresh
 from wallwm_jax.models.umt5 import UMT5Encoder
 from wallwm_jax.models.vae import WanVAE
 from wallwm_jax.models.video_dit import VideoMasks, VideoTower, graft_views
@@ -46,21 +47,11 @@ __all__ = [
 ]
 
 
-@functools.lru_cache
-def _graph(tower: type[nnx.Module], config) -> nnx.GraphDef:
-  return nnx.split(nnx.eval_shape(lambda: tower(config, rngs=nnx.Rngs(0))))[0]
-
-
-def _bind(tower: type[nnx.Module], config, params: Params) -> nnx.Module:
-  return nnx.merge(_graph(tower, config), nnx.State(params))
-
-
 def init_params(config: ModelConfig, key: PRNGKey) -> Params:
   """Fresh float32 parameters {'video': ..., 'action': ...}; traceable, so it works under eval_shape
   and jit.
   """
-  model = WorldAction(config, rngs=nnx.Rngs(key))
-  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  return fresh(WorldAction(config, rngs=nnx.Rngs(key)))
 
 
 _GRAFTS = ('view_gate', 'view_embed', 'cross_view')
@@ -96,7 +87,7 @@ def init_codec(codec: CodecConfig, key: PRNGKey) -> Params:
   """Random float32 parameters of a frame codec; {} for one without weights."""
   if codec.kind == 'dct':
     return {}
-  return nnx.to_pure_dict(nnx.state(WanVAE(codec, rngs=nnx.Rngs(key)), nnx.Param))
+  return fresh(WanVAE(codec, rngs=nnx.Rngs(key)))
 
 
 def encode_video(
@@ -107,7 +98,7 @@ def encode_video(
   """
   if config.codec.kind == 'dct':
     return dct.encode(config.codec, frames)
-  vae = _bind(WanVAE, config.codec, codec)
+  vae = bind(WanVAE, config.codec, codec)
   tile = config.codec.vae.tile
   encode = functools.partial(vae.tiled_encode, tile=tile, overlap=tile // 4) if tile else vae.encode
   pixels = jnp.moveaxis(frames, 1, 0)
@@ -121,7 +112,7 @@ def decode_video(
   """Frames in [0, 1] of unnormalised latents."""
   if config.codec.kind == 'dct':
     return dct.decode(config.codec, latents)
-  vae = _bind(WanVAE, config.codec, codec)
+  vae = bind(WanVAE, config.codec, codec)
   tile = config.codec.vae.tile
   decode = functools.partial(vae.tiled_decode, tile=tile, overlap=tile // 4) if tile else vae.decode
   frames = jax.lax.map(decode, jnp.moveaxis(latents, 1, 0))
@@ -132,14 +123,14 @@ def init_text(text: TextConfig, key: PRNGKey) -> Params:
   """Random float32 parameters of a text encoder; {} for one without weights."""
   if text.kind == 'hash':
     return {}
-  return nnx.to_pure_dict(nnx.state(UMT5Encoder(text, rngs=nnx.Rngs(key)), nnx.Param))
+  return fresh(UMT5Encoder(text, rngs=nnx.Rngs(key)))
 
 
 def encode_tokens(
   params: Params, text: TextConfig, ids: Int[Array, 'B X'], mask: Bool[Array, 'B X']
 ) -> Float[Array, 'B X E']:
   """Features of token ids; rows where `mask` is False mean nothing."""
-  return _bind(UMT5Encoder, text, params)(ids, mask)
+  return bind(UMT5Encoder, text, params)(ids, mask)
 
 
 def normalise_latents(latents, norm: NormStats):
@@ -209,7 +200,7 @@ def video_forward(
     (prediction [B, V, F, h, w, C] float32, features after every block [L, B, V, F, P, D] in the
     compute dtype).
   """
-  return _bind(VideoTower, config, params)(z.astype(jnp.dtype(config.dtype)), t, text, masks)
+  return bind(VideoTower, config, params)(z.astype(jnp.dtype(config.dtype)), t, text, masks)
 
 
 def prefill_actions(
@@ -218,7 +209,7 @@ def prefill_actions(
   """AnchorCache of the 'action' subtree over anchored video features; computed once per
   observation.
   """
-  return _bind(ActionTower, config, params).prefill(features, np.asarray(tau), masks)
+  return bind(ActionTower, config, params).prefill(features, np.asarray(tau), masks)
 
 
 def action_forward(
@@ -233,6 +224,6 @@ def action_forward(
   """Prediction [B, R, K, A] float32 for R noise draws against one cache; a, state normalised, t in
   [0, 1].
   """
-  return _bind(ActionTower, config, params)(
+  return bind(ActionTower, config, params)(
     a.astype(jnp.dtype(config.dtype)), t, state, cache, step_mask
   )

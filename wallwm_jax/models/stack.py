@@ -41,6 +41,13 @@ def scan_blocks(blocks: nnx.Module, apply: Callable, x, remat: str, xs=None):
     x = apply(block, x) if xs is None else apply(block, x, xs_i)
     return x, x
 
-  if remat != 'none':
-    layer = jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)
-  return jax.lax.scan(layer, x, (state, xs))
+  return jax.lax.scan(rematerialise(layer, remat), x, (state, xs))
+
+
+def rematerialise(layer: Callable, remat: str) -> Callable:
+  """The body of a scan, its activations computed again in the backward pass by the policy
+  `remat`: 'none', 'full' or 'dots'.
+  """
+  if remat == 'none':
+    return layer
+  return jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)

@@ -28,26 +28,45 @@ DEFAULT_RULES: Rules = (
   (r'bias|scale|embedding|modulation|head_modulation|blocks/view_gate', 'adamw'),
 )
 
+# The parts of the language side: any run may have some of them and not others.
+LANGUAGE_RULES: Rules = (
+  (
+    r'(vlm|reader|staircase|heads)/.*(blocks|linear|full)/(\w+/)?'
+    r'(qkv|q|k|v|z|o|out|gate|up|down|proj|fc1|fc2)/kernel',
+    Matrix(),
+  ),
+  (r'(vlm|reader|staircase|heads|projector)/.*', 'adamw'),
+)
+
 _MIN_SIDE = 16  # a "matrix" thinner than this is a table of vectors under a wrong label
 
 
-def route(shapes: Any, trainable: Any | None = None, rules: Rules = DEFAULT_RULES) -> Any:
+def route(
+  shapes: Any, trainable: Any | None = None, rules: Rules = DEFAULT_RULES
+) -> Any:
   """Tree of labels with the structure of `shapes`: a Matrix (= Muon), 'adamw' or 'frozen'.
 
   Args:
     shapes: tree of arrays or ShapeDtypeStructs.
     trainable: tree of bool of the same structure; None = all True. False becomes 'frozen'.
-    rules: (regex, label) in order of precedence.
+    rules: (regex, label) in order of precedence, for what LANGUAGE_RULES do not match.
 
   Raises:
-    ConfigError: a parameter no rule matches, a rule that is the first match of no parameter, or a
-      Matrix that does not fit its tensor or makes matrices with a side below 16 of it.
+    ConfigError: a parameter no rule matches, a rule that is the first match of no parameter (where
+      there are any for it), or a Matrix that does not fit its tensor or makes matrices with a side
+      below 16 of it.
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
   paths = [path_string(p) for p, _ in leaves]
-  matches = [_first_match(path, rules) for path in paths]
-  _check_coverage(paths, matches, rules)
-  labels = [rules[i][1] for i in matches]
+  known = [_first_match(path, LANGUAGE_RULES) for path in paths]
+  others = [path for path, match in zip(paths, known, strict=True) if match is None]
+  matches = {path: _first_match(path, rules) for path in others}
+  if others:
+    _check_coverage(others, [*matches.values()], rules)
+  labels = [
+    rules[matches[path]][1] if match is None else LANGUAGE_RULES[match][1]
+    for path, match in zip(paths, known, strict=True)
+  ]
   for path, label, (_, leaf) in zip(paths, labels, leaves, strict=True):
     if isinstance(label, Matrix):
       _check_matrix(path, tuple(leaf.shape), label)

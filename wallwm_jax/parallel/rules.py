@@ -1,7 +1,7 @@
 """Sharding policy as data: parameter path -> logical axes -> mesh axes.
 
-`PARAM_RULES` names the axes of every parameter; `MeshConfig.rules` says which mesh axes each
-logical axis is split over. Swapping a mesh edits only the second table. All checks raise
+`PARAM_RULES` and `LANGUAGE_RULES` name the axes of every parameter; `MeshConfig.rules` says which
+mesh axes each logical axis is split over. Swapping a mesh edits only the latter. All checks raise
 ConfigError with the path.
 """
 
@@ -32,7 +32,7 @@ LOGICAL_AXES = (
 # rules place parameters, their EMA and their optimizer state. Biases and norms that act on the
 # residual stream and other small tables are replicated: splitting them saves nothing and costs a
 # gather each.
-PARAM_RULES: ParamRules = (
+BLOCK_RULES: ParamRules = (
     # [L, D, heads * hd] and [L, heads * hd]
     (r'blocks/\w+/(q|k|v)/kernel', ('layers', 'embed', 'heads')),
     (r'blocks/\w+/((q|k|v)/bias|(q_norm|k_norm)/scale)', ('layers', 'heads')),
@@ -42,8 +42,13 @@ PARAM_RULES: ParamRules = (
     (r'blocks/ffn/(gate|up)/kernel', ('layers', 'embed', 'mlp')),
     (r'blocks/ffn/(gate|up)/bias', ('layers', 'mlp')),
     (r'blocks/ffn/down/kernel', ('layers', 'mlp', 'embed')),
-    # [L, D] vectors of the residual stream, [L, 6 | 9, D] modulation tables
+    # [L, D] vectors of the residual stream
     (r'blocks/(\w+/(o/|down/)?(bias|scale)|view_gate)', ('layers', None)),
+)
+
+# Both towers.
+PARAM_RULES: ParamRules = BLOCK_RULES + (
+    # [L, 6 | 9, D] modulation tables
     (r'blocks/modulation', ('layers', None, None)),
     # [D, outputs] and [inputs, D] outside the blocks
     (r'(head|head_in|head_out)/kernel', ('embed', None)),
@@ -71,6 +76,50 @@ UMT5_RULES: ParamRules = (
     (r'norm/scale', (None,)),
 )
 
+# The text layers of Qwen3.5, also as the staircase branch holds them. q, k and v of a linear layer
+# are one axis; vectors are too small to be worth splitting.
+QWEN_LAYERS: ParamRules = (
+    # [n, D, heads * hd], [n, heads * hd, D]
+    (r'layers/(linear|full)/(qkv|z|q|k|v)/kernel', ('layers', 'embed', 'heads')),
+    (r'layers/(linear|full)/(out|o)/kernel', ('layers', 'heads', 'embed')),
+    # [n, D, F], [n, F, D]
+    (r'layers/(linear|full)/(gate|up)/kernel', ('layers', 'embed', 'mlp')),
+    (r'layers/(linear|full)/down/kernel', ('layers', 'mlp', 'embed')),
+    # [n, D, H], [n, taps, channels]
+    (r'layers/linear/(a|b)/kernel', ('layers', 'embed', None)),
+    (r'layers/linear/conv/kernel', ('layers', None, 'heads')),
+    (r'layers/(linear|full)/(log_decay|dt_bias|\w+/scale)', ('layers', None)),
+)
+
+# All of Qwen3.5: the layers above, what surrounds them, the vision tower.
+QWEN_RULES: ParamRules = QWEN_LAYERS + (
+    # [U, D], [D], [D, U]
+    (r'text/embed/embedding', (None, 'embed')),
+    (r'text/norm/scale', (None,)),
+    (r'text/head/kernel', ('embed', None)),
+    (r'vision/patch_embed/kernel', (None, 'embed')),
+    (r'vision/positions/embedding', (None, 'embed')),
+    (r'vision/blocks/qkv/kernel', ('layers', 'embed', 'heads')),
+    (r'vision/blocks/proj/kernel', ('layers', 'heads', 'embed')),
+    (r'vision/blocks/fc1/kernel', ('layers', 'embed', 'mlp')),
+    (r'vision/blocks/fc2/kernel', ('layers', 'mlp', 'embed')),
+    (r'vision/blocks/\w+/(scale|bias)', ('layers', None)),
+    (r'vision/merger/fc1/kernel', ('embed', 'mlp')),
+    (r'vision/merger/fc2/kernel', ('mlp', 'embed')),
+    (r'vision/(\w+/)*(scale|bias)', (None,)),
+)
+
+
+# What the language side trains beside such layers: small, so only their matrices are split.
+LANGUAGE_RULES: ParamRules = QWEN_RULES + BLOCK_RULES + (
+    (r'staircase/(query|norm/scale)', (None,)),
+    (r'staircase/steps', (None, None)),
+    (r'(heads|projector)/(\w+/)*kernel', ('embed', None)),
+    (r'(heads|projector)/(\w+/)*embedding', (None, None)),
+    (r'(heads|projector)/(\w+/)*(scale|bias)', (None,)),
+)
+_LANGUAGE_PARTS = r'(^|/)(vlm|reader|heads|projector|staircase)/'
+
 
 def logical_axes(path: str, ndim: int, param_rules: ParamRules = PARAM_RULES) -> LogicalAxes:
   """Logical axes of the parameter that `path` ends with ('/'-joined); () for scalars.
@@ -94,14 +143,15 @@ def logical_axes(path: str, ndim: int, param_rules: ParamRules = PARAM_RULES) ->
 
 
 def param_shardings(
-    shapes: Any, mesh: Mesh, rules: MeshRules, param_rules: ParamRules = PARAM_RULES
+    shapes: Any, mesh: Mesh, rules: MeshRules, param_rules: ParamRules = ()
 ) -> Any:
   """NamedShardings for a tree whose leaf paths end with parameter paths (params, EMA, optimizer
   state).
 
   Args:
     shapes: tree of arrays or ShapeDtypeStructs; scalars are replicated.
-    rules: `MeshConfig.rules`. param_rules: logical axes by path, those of the towers if not given.
+    rules: `MeshConfig.rules`. param_rules: logical axes by path; () = those of a training run, the
+      towers and the language side.
 
   Raises:
     ConfigError: see `logical_axes` and `partition_spec`.
@@ -110,7 +160,7 @@ def param_shardings(
 
   def place(key_path, leaf):
     path = path_string(key_path)
-    axes = logical_axes(path, len(leaf.shape), param_rules)
+    axes = logical_axes(path, len(leaf.shape), param_rules or _rules_of(path))
     # Statistics that an optimizer keeps per row or column of a parameter have sides of 1.
     axes = tuple(a if size > 1 else None for a, size in zip(axes, leaf.shape, strict=True))
     return NamedSharding(mesh, partition_spec(axes, leaf.shape, table, mesh, f'parameter {path!r}'))
@@ -135,6 +185,9 @@ def check_rules(
 ) -> None:
   """Refuses a mesh, rules and full parameter tree that do not fit together; call once per run.
 
+  Args:
+    param_rules: of all that is not part of the language side.
+
   Raises:
     ConfigError: a rule that matches no parameter or names an unknown axis, a parameter without a
       rule, a dimension that its mesh axes do not divide; the message names path, dimension and
@@ -143,11 +196,16 @@ def check_rules(
   table = mesh_rules(rules, mesh)
   leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
   leaves = [(path_string(key_path), leaf.shape) for key_path, leaf in leaves]
+  language = [(path, shape) for path, shape in leaves if _rules_of(path) is LANGUAGE_RULES]
+  for path, shape in language:
+    axes = logical_axes(path, len(shape), LANGUAGE_RULES)
+    partition_spec(axes, shape, table, mesh, f'parameter {path!r}')
+  leaves = [leaf for leaf in leaves if leaf not in language]
   for path, shape in leaves:
     axes = logical_axes(path, len(shape), param_rules)
     partition_spec(axes, shape, table, mesh, f'parameter {path!r}')
   used = {_first_match(path, param_rules) for path, _ in leaves}
-  for index, (pattern, _) in enumerate(param_rules):
+  for index, (pattern, _) in enumerate(param_rules if leaves else ()):
     if index not in used:
       raise ConfigError(
           f'sharding rule {pattern!r} is the first match of none of the {len(leaves)} parameters. '
@@ -199,6 +257,11 @@ def partition_spec(
           f'= mesh axes {" * ".join(split)}. Change config.mesh, its rules, or the size.')
     entries.append(split if parts > 1 else None)
   return PartitionSpec(*entries)
+
+
+def _rules_of(path: str) -> ParamRules:
+  """Of a parameter of a training run, or of its average or optimizer state."""
+  return LANGUAGE_RULES if re.search(_LANGUAGE_PARTS, path) else PARAM_RULES
 
 
 def _first_match(path: str, param_rules: ParamRules) -> int | None:

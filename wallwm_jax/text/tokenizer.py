@@ -14,6 +14,40 @@ _END = '</s>'
 _PAD = '<pad>'
 
 
+def load_tokenizer(
+  path: pathlib.Path | str, vocab: int, *, missing: str, model: str
+) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+  """(the tokenizer of a tokenizer.json, its tokens with their ids).
+
+  Args:
+    vocab: rows of the model's embedding. missing, model: what the errors for an absent file and for
+      ids beyond `vocab` say.
+
+  Raises:
+    CheckpointError: no such file, no tokenizer, or ids beyond `vocab`.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise CheckpointError(f'{path}: no such file; {missing}')
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises bare Exception
+    raise CheckpointError(
+      f'{path}: expected a tokenizer.json of the `tokenizers` library, got {error}.'
+    ) from None
+  # A file may carry the padding and truncation of its last use.
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  ids = tokenizer.get_vocab(with_added_tokens=True)
+  last = max(ids, key=ids.__getitem__)
+  if ids[last] >= vocab:
+    raise CheckpointError(
+      f'{path}: token {last!r} has id {ids[last]}, but {model.format(vocab=vocab)}. This '
+      'tokenizer belongs to another model.'
+    )
+  return tokenizer, ids
+
+
 class Tokenizer:
   """Text to token ids that end with `</s>`, as transformers' T5 tokenizers give them.
 
@@ -25,32 +59,17 @@ class Tokenizer:
   """
 
   def __init__(self, path: pathlib.Path | str, vocab: int):
-    path = pathlib.Path(path)
-    if not path.is_file():
-      raise CheckpointError(
-        f'{path}: no such file; expected the tokenizer of the text encoder. `wallwm convert umt5 '
-        '--src SRC --out DIR` copies it to DIR when SRC (or its sibling tokenizer/) has one.'
-      )
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-      raise CheckpointError(
-        f'{path}: expected a tokenizer.json of the `tokenizers` library, got {error}.'
-      ) from None
-    # A file may carry the padding and truncation of its last use.
-    self._tokenizer.no_padding()
-    self._tokenizer.no_truncation()
-    ids = self._tokenizer.get_vocab(with_added_tokens=True)
+    self._tokenizer, ids = load_tokenizer(
+      path,
+      vocab,
+      missing='expected the tokenizer of the text encoder. `wallwm convert umt5 --src SRC --out '
+      'DIR` copies it to DIR when SRC (or its sibling tokenizer/) has one.',
+      model='the text encoder embeds {vocab} ids (model.text.umt5.vocab)',
+    )
     if _END not in ids:
       raise CheckpointError(
         f'{path}: expected a token {_END!r}, which ends every sequence of a T5 encoder; the '
         f'{len(ids)} tokens of this file have none.'
-      )
-    last = max(ids, key=ids.__getitem__)
-    if ids[last] >= vocab:
-      raise CheckpointError(
-        f'{path}: token {last!r} has id {ids[last]}, but the text encoder embeds {vocab} ids '
-        '(model.text.umt5.vocab). This tokenizer belongs to another model.'
       )
     self.end, self.pad = ids[_END], ids.get(_PAD, 0)
 

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,9 +30,17 @@ from jax.sharding import SingleDeviceSharding
 
 from wallwm_jax.config import ExperimentConfig, from_config_dict
 from wallwm_jax.text.factory import make_text_encoder
-from wallwm_jax.training.pretrained import load_frozen
+from wallwm_jax.text.planning import make_planning_texts
+from wallwm_jax.training.pretrained import load_frozen, load_language
 from wallwm_jax.training.state import TrainState, param_shapes
-from wallwm_jax.types import CheckpointError, InferenceParams, NormStats, Params, path_string
+from wallwm_jax.types import (
+    CheckpointError,
+    ConfigError,
+    InferenceParams,
+    NormStats,
+    Params,
+    path_string,
+)
 
 FORMAT = 1
 DIRECTORY = 'checkpoints'
@@ -128,14 +137,20 @@ class Checkpoints:
 
 
 def load_inference(
-    workdir: str | os.PathLike, step: int | None = None
+    workdir: str | os.PathLike, step: int | None = None, captions: Sequence[str] | None = None
 ) -> tuple[ExperimentConfig, InferenceParams]:
   """The config and EMA weights of a workdir with all that they were trained with, on the default
   device.
 
+  Args:
+    captions: loads the language side as well; its next-event head chooses among these. None = a
+      model that is told by captions alone.
+
   Raises:
-    CheckpointError: no complete checkpoint (or not that step), one of another format, or the codec
-      or text encoder that it was trained with is not where the config says.
+    ConfigError: `captions` for a run without heads (stages 3 and later of a config with
+      language.kind).
+    CheckpointError: no complete checkpoint (or not that step), one of another format, or the codec,
+      text encoder or VLM that it was trained with is not where the config says.
   """
   manager, path, step = _open(workdir, step)
   with manager:
@@ -146,7 +161,16 @@ def load_inference(
     params = _load_params(manager, step, meta, shapes)
   online = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=''))
   text = make_text_encoder(config.model.text)
-  return config, InferenceParams(params, load_frozen(online, norm, text, config.inference.negative))
+  frozen = load_frozen(online, norm, text, config.inference.negative)
+  if captions is not None:
+    if 'heads' not in params:
+      raise ConfigError(
+          f'{path}: expected a run with a language side, got one of {sorted(params)}. Train stages '
+          "3 and 4 of a config with language.kind='qwen', see docs/language.md.")
+    texts, reader = make_planning_texts(config), bool(config.language.reader.weights)
+    side = load_language(config, captions, text, texts, reader=reader)
+    frozen = dataclasses.replace(frozen, language=side)
+  return config, InferenceParams(params, frozen)
 
 
 def load_source(path: str | os.PathLike) -> tuple[ExperimentConfig, NormStats]:

@@ -7,18 +7,26 @@ activations, embedding tables and the optimizer are left out.
 
 from __future__ import annotations
 
-from wallwm_jax.config import ExperimentConfig
+import dataclasses
+
+from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig, QwenConfig
 from wallwm_jax.training.stages import STAGES
 
 
-def video_tokens(config: ExperimentConfig, bucket: int) -> int:
-  """Video tokens of one global batch of N = bucket, B * V * F * P."""
+def batch_tokens(config: ExperimentConfig, bucket: int) -> int:
+  """Video tokens of one global batch of N = bucket, B * V * F * P; text and image tokens that the
+  VLM reads in the stages of the language side.
+  """
+  if config.train.stage in LANGUAGE_STAGES:
+    return config.data.batch_size * _vlm_tokens(config)
   views = len(config.model.views)
   return config.data.batch_size * views * _frames(config, bucket) * config.model.patches
 
 
 def model_flops(config: ExperimentConfig, bucket: int) -> float:
   """Operations one training step of the config's stage needs on a global batch of N = bucket."""
+  if config.train.stage in LANGUAGE_STAGES:
+    return 2.0 * config.data.batch_size * language_macs(config)
   spec, diffusion = STAGES[config.train.stage], config.diffusion
   anchored = diffusion.mapping == 'anchor'
   forwards = len(spec.losses) if anchored else 1
@@ -59,6 +67,54 @@ def action_macs(config: ExperimentConfig, bucket: int, draws: int) -> float:
   ends = steps * d * (d + 2 * model.action_spec.dim)
   layers = model.video.layers * (prefill + draws * steps * (linear + attention))
   return layers + draws * (time + ends)
+
+
+def language_macs(config: ExperimentConfig) -> float:
+  """Multiply-adds of one sample of a stage of the language side; the heads are left out."""
+  c, stage = config.language, config.train.stage
+  vlm = qwen_macs(c.vlm, _vlm_tokens(config))
+  images = len(config.model.views) * vision_macs(c.vlm, c.image_size or config.model.image_size)
+  if stage == '3':
+    return vlm + images
+  read = c.trace_tokens * c.reader.width * c.reader.vocab
+  if stage == 'vlm':
+    told = c.trace_tokens * c.vlm.width * c.vlm.vocab
+    return 3 * (vlm + told + images + qwen_macs(c.reader, c.trace_tokens) + read)
+  latents = c.staircase.latents
+  upper = dataclasses.replace(c.vlm, layer_types=c.vlm.layer_types[c.staircase.relay_depth :])
+  branch = qwen_macs(upper, latents, c.prompt_tokens)
+  return vlm + images + 3 * branch + 2 * (qwen_macs(c.reader, latents + c.trace_tokens) + read)
+
+
+def qwen_macs(c: QwenConfig, tokens: int, before: int = 0) -> float:
+  """Multiply-adds of one forward over `tokens`, each of which also attends to `before` others;
+  the embedding and the output head are left out.
+  """
+  d, linear = c.width, c.layer_types.count('linear')
+  values = c.linear_value_heads * c.linear_value_dim
+  mixer = d * (c.conv_channels + 2 * values) + c.conv * c.conv_channels
+  mixer += 3 * c.linear_value_heads * c.linear_key_dim * c.linear_value_dim  # decay, update, read
+  full = d * c.head_dim * (3 * c.heads + 2 * c.kv_heads)
+  full += 2 * c.heads * c.head_dim * (tokens / 2 + before)
+  layers = linear * mixer + (c.layers - linear) * full + c.layers * 3 * d * c.ffn
+  return tokens * layers
+
+
+def vision_macs(c: QwenConfig, image_size: tuple[int, int]) -> float:
+  """Multiply-adds of the vision tower for one image."""
+  v = c.vision
+  patches = image_size[0] * image_size[1] // v.patch**2
+  block = 4 * v.width**2 + 2 * v.width * v.ffn + 2 * v.width * patches
+  wide = v.merge**2 * v.width
+  merger = wide * (wide + c.width) / v.merge**2
+  return patches * (v.pixels * v.width + v.layers * block + merger)
+
+
+def _vlm_tokens(config: ExperimentConfig) -> int:
+  """Tokens of a prompt and of the answer that is read after it."""
+  c = config.language
+  answers = {'3': c.answer_tokens, '4': 0, 'vlm': c.trace_tokens}
+  return c.prompt_tokens + answers[config.train.stage]
 
 
 def _frames(config: ExperimentConfig, bucket: int) -> int:

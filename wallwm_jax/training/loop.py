@@ -17,39 +17,49 @@ import rich.table
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wallwm_jax import weights
-from wallwm_jax.config import ExperimentConfig, MeshConfig
-from wallwm_jax.data import latents, pipeline, stats
+from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig, MeshConfig
+from wallwm_jax.data import latents, moments, pipeline, stats
 from wallwm_jax.data.store import EventStore
+from wallwm_jax.models import language
 from wallwm_jax.optim import (
-    format_plan,
-    format_table,
-    make_muon_plan,
-    newton_schulz,
-    optimizer_of,
-    route,
+  format_plan,
+  format_table,
+  make_muon_plan,
+  newton_schulz,
+  optimizer_of,
+  route,
 )
 from wallwm_jax.parallel import distributed, rules
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.text.factory import make_text_encoder
+from wallwm_jax.text.planning import make_planning_texts
 from wallwm_jax.training import checkpoints
 from wallwm_jax.training.metrics import MetricLogger
 from wallwm_jax.training.pretrained import (
-    codec_digest,
-    latent_encoder,
-    load_frozen,
-    load_video,
+  codec_digest,
+  latent_encoder,
+  load_frozen,
+  load_language,
+  load_video,
 )
-from wallwm_jax.training.stages import STAGES, stage_of, trainable_mask
+from wallwm_jax.training.stages import STAGES, parts, stage_of, trainable_mask, trained_parts
 from wallwm_jax.training.state import (
-    TrainState,
-    abstract_state,
-    build_optimizer,
-    count,
-    init_state,
-    param_shapes,
+  TrainState,
+  abstract_state,
+  build_optimizer,
+  count,
+  init_state,
+  param_shapes,
 )
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import EventBatch, Frozen, NormStats, path_string
+from wallwm_jax.types import (
+  EventBatch,
+  Frozen,
+  LanguageBatch,
+  NormStats,
+  Params,
+  path_string,
+)
 
 NORM_FILE = 'norm_stats.json'
 _PREFETCH = 2  # batches put on the devices ahead of the step that reads them
@@ -103,7 +113,10 @@ def train(
       state = resumed.state
       batches.set_state(resumed.data)
     else:
-      state = init_state(config, optimizer, abstract, _initial_params(config, abstract))
+      start = _initial_params(config, abstract)
+      if 'staircase' in parts(config) and 'staircase' not in start:
+        start['staircase'] = _staircase_of(config, frozen, mesh)
+      state = init_state(config, optimizer, abstract, start)
     start = int(state.step)
 
     feed = prefetch(batches, functools.partial(_put, config=config, mesh=mesh), _PREFETCH)
@@ -113,7 +126,7 @@ def train(
       for step in range(start + 1, config.train.steps + 1):
         batch, data_state = next(feed)
         state, metrics = step_fn(state, batch, frozen)
-        log.add(step, metrics, bucket=batch.actions.shape[1] // config.model.steps_per_latent)
+        log.add(step, metrics, _bucket(batch, config))
         if step % config.train.checkpoint_every == 0 or step == config.train.steps:
           with log.settled(), jax.transfer_guard('allow'):
             saved.save(state, data_state, norm, config)
@@ -122,8 +135,8 @@ def train(
 
 
 def prefetch(
-    batches: Any, put: Callable[[EventBatch], EventBatch], size: int
-) -> Iterator[tuple[EventBatch, Any]]:
+    batches: Any, put: Callable[[Any], Any], size: int
+) -> Iterator[tuple[Any, Any]]:
   """Yields (batch on the devices, iterator state after that batch), `size` batches ahead.
 
   Steps are dispatched asynchronously, so reading the next batch overlaps the running step. The
@@ -141,7 +154,14 @@ def prefetch(
     yield ahead.popleft()
 
 
-def _put(batch: EventBatch, *, config: ExperimentConfig, mesh) -> EventBatch:
+def _bucket(batch: EventBatch | LanguageBatch, config: ExperimentConfig) -> int:
+  """Future latents N of a batch of windows; 0 for one of moments."""
+  if isinstance(batch, LanguageBatch):
+    return 0
+  return batch.actions.shape[1] // config.model.steps_per_latent
+
+
+def _put(batch, *, config: ExperimentConfig, mesh):
   shardings = rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
   return distributed.put_batch(batch, shardings)
 
@@ -160,10 +180,19 @@ def _open_inputs(
   index, count = distributed.data_shard(mesh, config.mesh.rules, config.data.batch_size)
   local = make_mesh(MeshConfig(fsdp=-1), jax.local_devices())
   text = make_text_encoder(config.model.text, mesh=local)
-  batches = pipeline.make_dataset(
-      config, store, norm, text.encode, process_index=index, process_count=count)
-  frozen = load_frozen(config, norm, text, mesh=mesh)
-  return batches, jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
+  here = {'process_index': index, 'process_count': count}
+  frozen = jax.device_put(
+      load_frozen(config, norm, text, mesh=mesh), NamedSharding(mesh, PartitionSpec()))
+  reads_prompts = config.train.stage in LANGUAGE_STAGES or config.data.text == 'staircase'
+  texts = make_planning_texts(config) if reads_prompts else None
+  if texts is not None:
+    reader = config.train.stage == '4'
+    side = load_language(config, moments.caption_bank(store), text, texts, mesh, reader=reader)
+    frozen = dataclasses.replace(frozen, language=side)
+  if config.train.stage in LANGUAGE_STAGES:
+    return moments.make_moments(config, store, norm, text.encode, texts, **here), frozen
+  return pipeline.make_dataset(
+      config, store, norm, text.encode, texts and texts.prompts, **here), frozen
 
 
 def _gradient_names(abstract: TrainState) -> list[str]:
@@ -181,10 +210,23 @@ def _log_dir(workdir: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _initial_params(config: ExperimentConfig, abstract: TrainState):
+def _staircase_of(config: ExperimentConfig, frozen: Frozen, mesh: Mesh) -> Params:
+  """A new staircase: the upper layers of the VLM."""
+  if frozen.language is None:
+    texts = make_planning_texts(config)
+    side = load_language(config, (), make_text_encoder(config.model.text), texts, mesh)
+  else:
+    side = frozen.language
+  key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
+  init = functools.partial(language.init_staircase, config.language)
+  return jax.jit(init)(side.vlm, key)
+
+
+def _initial_params(config: ExperimentConfig, abstract: TrainState) -> Params:
+  """Top-level subtrees to start from, {} for a run from scratch."""
   path = config.train.init_from
   if not path:
-    return None
+    return {}
   if weights.is_weights(path):
     return {'video': load_video(path, config.model, abstract.params['video'])}
   return checkpoints.load_params_for_init(path, abstract.params)
@@ -219,7 +261,7 @@ def _norm_stats(
 
 def _inherit(norm: NormStats, source: ExperimentConfig, theirs: NormStats) -> NormStats:
   names = ['latent_mean', 'latent_scale']
-  if 'action' in STAGES[source.train.stage].trainable:
+  if STAGES[source.train.stage].reads_robot:
     names += ['action_mean', 'action_scale', 'state_mean', 'state_scale']
   return dataclasses.replace(norm, **{name: getattr(theirs, name) for name in names})
 
@@ -235,7 +277,7 @@ def dry_run(config: ExperimentConfig) -> str:
   shapes, mesh = param_shapes(config), make_mesh(config.mesh)
   rules.check_rules(shapes, mesh, config.mesh.rules)
   rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
-  labels = route(shapes, trainable_mask(shapes, config.train.stage))
+  labels = route(shapes, trainable_mask(shapes, config))
   placed = rules.param_shardings(shapes, mesh, config.mesh.rules)
   plan = make_muon_plan(config.optim, shapes, labels, placed)
   matrices = {leaf.path: leaf.view.shape(leaf.shape) for leaf in plan.leaves}
@@ -250,7 +292,7 @@ def dry_run(config: ExperimentConfig) -> str:
   with console.capture() as text:
     console.print(f'stage {config.train.stage} on mesh {dict(mesh.shape)}', highlight=False)
     for name, tree in shapes.items():
-      kind = 'trained' if name in STAGES[config.train.stage].trainable else 'frozen'
+      kind = 'trained' if name in trained_parts(config) else 'frozen'
       console.print(f'  {name}: {count(tree):,} parameters, {kind}', highlight=False)
     console.print(format_table(labels, shapes), highlight=False, markup=False)
     if config.optim.optimizer == 'muon':

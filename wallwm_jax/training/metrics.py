@@ -21,7 +21,7 @@ import rich.progress
 import tensorboardX
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.training.flops import model_flops, video_tokens
+from wallwm_jax.training.flops import batch_tokens, model_flops
 from wallwm_jax.types import WallWMError
 
 FILE = 'metrics.jsonl'
@@ -82,11 +82,12 @@ class MetricLogger:
     self._board.close()
 
   def add(self, step: int, metrics: dict[str, jax.Array], bucket: int) -> None:
-    """Notes the (still running) metrics of a step that just went out; bucket is N of its batch."""
+    """Notes the (still running) metrics of a step that just went out; bucket is N of its batch, 0
+    where it holds moments."""
     current = self._current
     current.steps.append(step)
     current.metrics.append(metrics)
-    current.tokens += video_tokens(self._config, bucket)
+    current.tokens += batch_tokens(self._config, bucket)
     current.flops += model_flops(self._config, bucket)
     if step % self._config.train.log_every == 0:
       self._write(self._previous)

@@ -1,27 +1,39 @@
-"""What a run takes from converted public weights: the codec, the text encoder, the video tower."""
+"""What a run takes from converted public weights: the codec, the text encoder, the video tower, the
+VLM and the small language model."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wallwm_jax import weights
-from wallwm_jax.config import ExperimentConfig, ModelConfig
-from wallwm_jax.models import functional
+from wallwm_jax.config import ExperimentConfig, MeshConfig, ModelConfig, QwenConfig
+from wallwm_jax.models import functional, language
+from wallwm_jax.parallel import rules
+from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.text.factory import TextEncoder
+from wallwm_jax.text.planning import PlanningTexts
 from wallwm_jax.types import (
     CheckpointError,
     ConfigError,
     Frozen,
     InferenceParams,
+    Language,
     NormStats,
     Params,
+    Text,
+    path_string,
 )
 
+_ANY_QWEN = ('weights', 'dtype', 'remat')  # fields in which a config may differ from its weights
+_ENCODED = 64  # captions encoded at once
 # Fields of the video tower that shapes do not tell, or that are clearer than shapes.
 _MUST_AGREE = ('width', 'layers', 'heads', 'ffn', 'patch', 'freq_dim', 'rope_theta', 'eps')
 
@@ -69,6 +81,86 @@ def load_frozen(
   null_text = None if config.model.text.kind == 'hash' else text.encode([null_caption])
   codec = {} if config.data.latents else load_codec(config.model, mesh)
   return Frozen(norm, codec, null_text)
+
+
+def load_language(
+    config: ExperimentConfig, captions: Sequence[str], text: TextEncoder, texts: PlanningTexts,
+    mesh: Mesh | None = None, *, reader: bool = False
+) -> Language:
+  """The frozen language side, each part spread over `mesh` by its rules.
+
+  Args:
+    captions: what the next-event head may choose, in the order of its logits.
+    reader: whether the small language model is wanted too. Stage 'vlm' trains both and loads none.
+
+  Raises:
+    ConfigError: a part whose folder the config does not name.
+    CheckpointError: no weights of this model there.
+  """
+  c, trains = config.language, config.train.stage == 'vlm'
+  features = [text.encode(captions[i:i + _ENCODED]) for i in range(0, len(captions), _ENCODED)]
+  bank = [mean_features(rows) for rows in features]
+  empty = np.zeros((0, config.model.text.width), np.float32)
+  side = Language(
+      vlm={} if trains else load_qwen('language.vlm', c.vlm, mesh),
+      reader=load_qwen('language.reader', c.reader, mesh) if reader and not trains else {},
+      layout=texts.layout(), bank=np.concatenate([empty, *bank]), answers=texts.answers(captions))
+  if mesh is None:
+    return side
+  here = NamedSharding(mesh, PartitionSpec())
+  small = jax.device_put((side.layout, side.bank, side.answers), here)
+  return Language(side.vlm, side.reader, *small)
+
+
+def mean_features(text: Text) -> np.ndarray:
+  """[B, E] float32: mean over the rows that exist."""
+  mask = np.asarray(text.mask)[..., None]
+  total = np.where(mask, np.asarray(text.features), 0).sum(1)
+  return (total / np.maximum(mask.sum(1), 1)).astype(np.float32)
+
+
+def load_qwen(where: str, qwen: QwenConfig, mesh: Mesh | None = None) -> Params:
+  """Parameters of a VLM or language model: matrices in the dtype of the matmuls.
+
+  Raises:
+    ConfigError: no folder named in the config field `where`.
+    CheckpointError: no weights of this model there.
+  """
+  if not qwen.weights:
+    raise ConfigError(
+        f'config.{where}.weights: expected the folder of a converted Qwen3.5, got none. Make one: '
+        'wallwm convert qwen --src DIR --out FOLDER.')
+  _check_qwen(where, qwen)
+  shapes = jax.eval_shape(functools.partial(language.init_qwen, qwen), jax.random.key(0))
+  mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+  placement = rules.param_shardings(shapes, mesh, MeshConfig().rules, rules.QWEN_RULES)
+
+  def target(key_path, leaf, place):
+    matrix = path_string(key_path).endswith(('kernel', 'embedding'))
+    dtype = jnp.dtype(qwen.dtype) if matrix else jnp.float32
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+
+  targets = jax.tree_util.tree_map_with_path(target, shapes, placement)
+  leave = () if qwen.vision.layers else ('vision',)  # a text-only reader may be half of a VLM
+  return weights.load(qwen.weights, 'vlm', targets, leave=leave)
+
+
+def _check_qwen(where: str, qwen: QwenConfig) -> None:
+  """What the shapes of the parameters do not show.
+
+  Raises:
+    CheckpointError: the weights are of another model, naming the fields that differ.
+  """
+  fields = weights.read_manifest(qwen.weights, 'vlm').fields['config']
+  unread = _ANY_QWEN if qwen.vision.layers else (*_ANY_QWEN, 'vision')
+  differ = [
+      f'{name}: expected {value!r}, got {fields.get(name)!r}'
+      for name, value in json.loads(json.dumps(dataclasses.asdict(qwen))).items()
+      if name not in unread and fields.get(name) != value]
+  if differ:
+    raise CheckpointError(
+        f'{qwen.weights}: config.{where} is another model: {"; ".join(differ)}. Choose the config '
+        'of these weights, see wallwm_jax.presets.QWEN.')
 
 
 def load_video(path: str, model: ModelConfig, target: Params) -> Params:

@@ -1,7 +1,8 @@
-"""The training stages as data, and the one loss they share.
+"""The training stages as data, and the loss of those that train the towers.
 
-A stage says which towers train, which windows it accepts and which losses it sums (stages
-1, 2 and 5; 'joint' is the small joint fit). A new stage is a new row.
+A stage says what trains, which windows it accepts and which losses it sums ('joint' is the small
+joint fit, 'vlm' makes a small VLM from scratch). A new stage is a new row; the losses of the
+language side are in `training.language`.
 
 Two protocols couple the towers (arXiv 2606.01955):
   anchor     actions read ONE video forward at the anchor noise level; K independent action noise
@@ -21,14 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.diffusion import flow, losses, schedules
 from wallwm_jax.geometry import sight_cone, tube_mask
 from wallwm_jax.models import functional
+from wallwm_jax.training import language
 from wallwm_jax.types import (
     ConfigError,
     EventBatch,
     Frozen,
+    LanguageBatch,
     Params,
     PRNGKey,
     Text,
@@ -41,47 +44,77 @@ class StageSpec:
   """One column of the stage table.
 
   trainable: top-level parameter subtrees that receive gradients; every other leaf is frozen.
-  windows: what `data.window` may be. losses: which of the two losses are summed.
+  windows: what `data.window` may be. losses: which losses are summed.
   caption_drop: whether the video forward loses its caption with rho(raw_length).
+  reads_robot: whether what it trains knows state and actions by the statistics of its run.
   """
 
   trainable: tuple[str, ...]
   windows: tuple[Literal['event', 'chunk'], ...]
-  losses: tuple[Literal['video', 'action'], ...]
-  caption_drop: bool
+  losses: tuple[str, ...]
+  caption_drop: bool = False
+  reads_robot: bool = True
 
 
 STAGES: dict[str, StageSpec] = {
-    '1': StageSpec(('video',), ('event', 'chunk'), ('video',), caption_drop=True),
-    '2': StageSpec(('action',), ('event', 'chunk'), ('action',), caption_drop=False),
-    '5': StageSpec(('action', 'video'), ('chunk',), ('action', 'video'), caption_drop=False),
+    '1': StageSpec(
+        ('video',), ('event', 'chunk'), ('video',), caption_drop=True, reads_robot=False),
+    '2': StageSpec(('action',), ('event', 'chunk'), ('action',)),
+    '3': StageSpec(('heads',), ('event',), ('align', 'next_event', 'remaining')),
+    '4': StageSpec(('projector', 'staircase'), ('event',), ('trace', 'latent_align')),
+    '5': StageSpec(('action', 'video'), ('chunk',), ('action', 'video')),
     'joint': StageSpec(
         ('action', 'video'), ('event', 'chunk'), ('action', 'video'), caption_drop=True),
+    'vlm': StageSpec(('reader', 'vlm'), ('event',), ('vlm', 'reader')),
 }
+_TOWERS, _LANGUAGE = ('action', 'video'), ('heads', 'projector', 'staircase')
 
 
 def stage_of(config: ExperimentConfig) -> StageSpec:
   """The row of the stage table a config trains.
 
   Raises:
-    ConfigError: the stage does not accept the config's window.
+    ConfigError: the stage does not accept the config's window, or `train.unfreeze` names a part
+      that this run does not have.
   """
   spec = STAGES[config.train.stage]
   if config.data.window not in spec.windows:
     raise ConfigError(f'config.data.window: stage {config.train.stage} expects one of '
                       f'{spec.windows}, got {config.data.window!r}.')
+  unknown = set(config.train.unfreeze) - set(parts(config))
+  if unknown:
+    raise ConfigError(f'config.train.unfreeze: expected some of {parts(config)}, the parts of this '
+                      f'run, got {sorted(unknown)}.')
   return spec
 
 
-def trainable_mask(params: Params, stage: str) -> Params:
-  """Tree of bool like `params`: True on the leaves that `stage` trains."""
-  trainable, frozen = split_trainable(params, stage)
+def parts(config: ExperimentConfig) -> tuple[str, ...]:
+  """Top-level parameter subtrees of a run, trained or not."""
+  stage = config.train.stage
+  if stage == 'vlm':
+    return STAGES['vlm'].trainable
+  if stage == '3':
+    return (*_TOWERS, 'heads')
+  reads_latents = config.data.text == 'staircase'
+  if config.language.kind != 'none' and (stage in ('4', '5') or reads_latents):
+    return _TOWERS + _LANGUAGE
+  return _TOWERS
+
+
+def trained_parts(config: ExperimentConfig) -> tuple[str, ...]:
+  """Those of `parts` that receive gradients."""
+  return (*STAGES[config.train.stage].trainable, *config.train.unfreeze)
+
+
+def trainable_mask(params: Params, config: ExperimentConfig) -> Params:
+  """Tree of bool like `params`: True on the leaves that the run trains."""
+  trainable, frozen = split_trainable(params, config)
   return jax.tree.map(lambda _: True, trainable) | jax.tree.map(lambda _: False, frozen)
 
 
-def split_trainable(params: Params, stage: str) -> tuple[Params, Params]:
+def split_trainable(params: Params, config: ExperimentConfig) -> tuple[Params, Params]:
   """(trainable, frozen) top-level subtrees of `params`."""
-  chosen = STAGES[stage].trainable
+  chosen = trained_parts(config)
   return ({name: tree for name, tree in params.items() if name in chosen},
           {name: tree for name, tree in params.items() if name not in chosen})
 
@@ -147,20 +180,26 @@ def noise_clip(
 
 
 def stage_loss(
-    params: Params, batch: EventBatch, frozen: Frozen, key: PRNGKey, *, config: ExperimentConfig
+    params: Params, batch: EventBatch | LanguageBatch, frozen: Frozen, key: PRNGKey, *,
+    config: ExperimentConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Loss of one batch under the config's stage, and its parts.
 
   Args:
     params: the full parameter tree; which leaves are differentiated is the caller's choice.
-    batch: one EventBatch; frozen: statistics, codec and the empty caption.
+    batch: one EventBatch, a LanguageBatch in the stages of the language side; frozen: all that the
+      stage reads and does not train.
     key: this step's key. Streams are derived from it by name, so no draw depends on another.
 
   Returns:
-    (loss, metrics): 'loss' and those of 'loss_video', 'loss_action', 'loss_dct' that the stage has;
-    float32 scalars.
+    (loss, metrics): 'loss' and the parts that the stage has ('loss_video', 'loss_action',
+    'loss_dct', or those of `training.language`); float32 scalars.
   """
   spec = stage_of(config)
+  if config.train.stage in LANGUAGE_STAGES:
+    return language.stage_loss(params, batch, frozen, config=config)
+  if config.data.text == 'staircase':
+    batch = dataclasses.replace(batch, text=language.latent_text(params, batch, frozen, config))
   clip = encode_clip(batch, frozen, config)
   text = batch.text  # what the video loss is told; actions always read the full caption
   if spec.caption_drop:
@@ -185,7 +224,7 @@ def _anchored_losses(params, batch, clip, text, key, spec, config) -> dict[str, 
     features = _anchor_features(params, batch, clip, stream(key, 'anchor'), config)
     levels = schedules.sample_sigma(
         stream(key, 'action_sigma'), (*samples, diffusion.action_draws), diffusion.action_shift)
-    features = _frozen_unless_trained(features, spec)
+    features = _frozen_unless_trained(features, config)
     parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
   return parts
 
@@ -197,7 +236,7 @@ def _symmetric_losses(params, batch, clip, text, key, spec, config) -> dict[str,
       params, batch, clip, text, sigma, stream(key, 'video'), config)
   parts = video if 'video' in spec.losses else {}
   if 'action' in spec.losses:
-    features, levels = _frozen_unless_trained(features, spec), sigma[:, None]
+    features, levels = _frozen_unless_trained(features, config), sigma[:, None]
     parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
   return parts
 
@@ -231,8 +270,10 @@ def _anchor_features(params, batch, clip, key, config: ExperimentConfig):
       params['video'], config.model, noised, t, batch.text, masks)[1]
 
 
-def _frozen_unless_trained(features, spec: StageSpec):
-  return features if 'video' in spec.trainable else jax.lax.stop_gradient(features)
+def _frozen_unless_trained(features, config: ExperimentConfig):
+  """Features of the video tower, cut off where nothing below them trains."""
+  trained = 'video' in trained_parts(config) or config.data.text == 'staircase'
+  return features if trained else jax.lax.stop_gradient(features)
 
 
 def _action_losses(params, batch, clip, features, levels, key, config) -> dict[str, Array]:

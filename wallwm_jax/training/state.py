@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.models import functional
+from wallwm_jax.models import functional, language
 from wallwm_jax.optim import make_optimizer, route
 from wallwm_jax.parallel import rules
-from wallwm_jax.training.stages import split_trainable
-from wallwm_jax.types import Params, pytree_dataclass
+from wallwm_jax.training.stages import parts, split_trainable
+from wallwm_jax.types import Params, PRNGKey, pytree_dataclass
 
 
 @pytree_dataclass
@@ -36,15 +36,32 @@ class TrainState:
 
 
 def param_shapes(config: ExperimentConfig) -> Params:
-  """Tree of ShapeDtypeStruct of the model's parameters."""
-  return jax.eval_shape(functools.partial(functional.init_params, config.model), jax.random.key(0))
+  """Tree of ShapeDtypeStruct of the run's parameters."""
+  return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def init_params(config: ExperimentConfig, key: PRNGKey) -> Params:
+  """Random float32 parameters of every part of a run; a staircase starts as the upper layers of a
+  random VLM, for `train` to replace by those of the real one.
+  """
+  c, keys, names = config.language, jax.random.split(key, 4), parts(config)
+  params = functional.init_params(config.model, key) if 'video' in names else {}
+  make = {
+      'vlm': lambda: language.init_qwen(c.vlm, keys[0]),
+      'reader': lambda: language.init_qwen(c.reader, keys[1]),
+      'heads': lambda: language.init_heads(c, config.model.text, keys[0]),
+      'projector': lambda: language.init_projector(c, keys[1]),
+      'staircase': lambda: language.init_staircase(
+          c, language.init_qwen(c.vlm, keys[2]), keys[3]),
+  }
+  return params | {name: init() for name, init in make.items() if name in names}
 
 
 def build_optimizer(config: ExperimentConfig, mesh: Mesh) -> optax.GradientTransformation:
   """The optimizer over the stage's trainable subtrees, with Muon's matrices spread over `mesh`;
   frozen subtrees have no state and no update.
   """
-  shapes, _ = split_trainable(param_shapes(config), config.train.stage)
+  shapes, _ = split_trainable(param_shapes(config), config)
   shardings = rules.param_shardings(shapes, mesh, config.mesh.rules)
   return make_optimizer(config.optim, shapes, route(shapes), config.train.steps, shardings)
 
@@ -87,12 +104,12 @@ def init_state(
 
 def _create(config, optimizer, start: Params | None = None) -> TrainState:
   root = jax.random.key(config.train.seed)
-  fresh = functional.init_params(config.model, jax.random.fold_in(root, 0))
+  fresh = init_params(config, jax.random.fold_in(root, 0))
   start = dict(start or {})
   if 'video' in start:
     start['video'] = functional.adopt_video(config.model, fresh['video'], start['video'])
   params = fresh | start
-  trainable, _ = split_trainable(params, config.train.stage)
+  trainable, _ = split_trainable(params, config)
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,

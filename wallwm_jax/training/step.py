@@ -15,13 +15,13 @@ from wallwm_jax.parallel import aot, rules
 from wallwm_jax.parallel.constraints import activation_sharding
 from wallwm_jax.training.stages import split_trainable, stage_loss
 from wallwm_jax.training.state import TrainState, update_ema
-from wallwm_jax.types import EventBatch, Frozen
+from wallwm_jax.types import EventBatch, Frozen, LanguageBatch
 
 
 def make_train_step(
     config: ExperimentConfig, mesh: Mesh, optimizer: optax.GradientTransformation,
     abstract: TrainState
-) -> Callable[[TrainState, EventBatch, Frozen], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Jitted step(state, batch, frozen) -> (state, metrics) on `mesh`; the state is donated.
 
   Gradients, optimizer and EMA see only the trainable subtrees; frozen ones are passed through, so
@@ -34,8 +34,8 @@ def make_train_step(
   """
   schedule = make_schedule(config.optim, config.train.steps)
 
-  def step(state: TrainState, batch: EventBatch, frozen: Frozen):
-    trainable, resting = split_trainable(state.params, config.train.stage)
+  def step(state: TrainState, batch: EventBatch | LanguageBatch, frozen: Frozen):
+    trainable, resting = split_trainable(state.params, config)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
     def loss_fn(trainable):
@@ -61,7 +61,7 @@ def make_train_step(
   batches = rules.batch_shardings(config.inputs_spec(), mesh, config.mesh.rules)
   return jax.jit(
       step,
-      in_shardings=(shardings, batches, replicated),
+      in_shardings=(shardings, batches, None),  # what is frozen lies where it was put
       out_shardings=(shardings, replicated),
       donate_argnums=0,
       compiler_options=aot.compiler_options(mesh),

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -137,25 +137,33 @@ async def _finished(write) -> None:
   await write
 
 
-def load(path: str | os.PathLike, component: str, target: Params) -> Params:
+def load(
+  path: str | os.PathLike, component: str, target: Params, *, leave: Collection[str] = ()
+) -> Params:
   """The parameters of a weight folder, read shard by shard: no process holds more than its shards.
 
   Args:
-    component: 'video', 'codec' or 'text'; what the folder must hold.
+    component: 'video', 'codec', 'text' or 'vlm'; what the folder must hold.
     target: nested dict of ShapeDtypeStructs, with the shardings the result shall have (the default
       device where there is none). Values are cast to its dtypes.
+    leave: subtrees, by the first part of their paths, that the folder may hold and the target does
+      not want ('vision' of a VLM that serves as language model); they are not read.
 
   Raises:
     CheckpointError: no weight folder, one of another component, parameters that are missing, extra
       or of another shape (all of them named), or unreadable bytes.
   """
-  _check(read_manifest(path, component).leaves, target, path)
+  stored = read_manifest(path, component).leaves
+  wanted = {name: leaf for name, leaf in stored.items() if name.split('/')[0] not in leave}
+  _check(wanted, target, path)
   here = SingleDeviceSharding(jax.devices()[0])
   target = jax.tree.map(
     lambda s: s if s.sharding else jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), target
   )
   args = ocp.args.PyTreeRestore(
-    target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=len(wanted) < len(stored),
   )
   handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_concurrent_gb(target))
   try:

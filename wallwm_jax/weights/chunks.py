@@ -14,7 +14,9 @@ from wallwm_jax.config import MeshConfig
 from wallwm_jax.parallel.mesh import MESH_AXES
 from wallwm_jax.parallel.rules import (
   PARAM_RULES,
+  QWEN_RULES,
   UMT5_RULES,
+  LogicalAxes,
   logical_axes,
   mesh_rules,
   partition_spec,
@@ -23,6 +25,7 @@ from wallwm_jax.types import ConfigError
 
 BLOCK_BYTES = 64 * 2**20  # of one file: bounds the memory of a conversion
 SMALL_BYTES = 4 * 2**20  # stacked parameters up to this size are one block, not one per layer
+_RULES = {'text': UMT5_RULES, 'vlm': QWEN_RULES}  # of the other components: PARAM_RULES
 
 Shape = tuple[int, ...]
 Box = tuple[slice, ...]
@@ -77,7 +80,7 @@ def grids(
   table = mesh_rules(MeshConfig().rules, devices)
   result = {}
   for path, shape in shapes.items():
-    shard = _shard_shape(f'{component}/{path}', shape, devices, table)
+    shard = _shard_shape(component, path, shape, devices, table)
     small = path not in stacked or math.prod(shape) * itemsizes[path] <= SMALL_BYTES
     rows = shape[:1] if small else (1,)
     chunk = shard if small else (1, *shard[1:])
@@ -94,13 +97,23 @@ def boxes(shape: Shape, block: Shape) -> Iterator[Box]:
     yield tuple(slice(i, min(i + b, n)) for i, b, n in zip(corner, block, shape))
 
 
-def _shard_shape(path: str, shape: Shape, mesh: AbstractMesh, table) -> Shape:
+def component_axes(component: str, path: str, ndim: int) -> LogicalAxes:
+  """Logical axes of a parameter of a component.
+
+  Raises:
+    ConfigError: it has no sharding rule.
+  """
+  return logical_axes(f'{component}/{path}', ndim, _RULES.get(component, PARAM_RULES))
+
+
+def _shard_shape(component: str, path: str, shape: Shape, mesh: AbstractMesh, table) -> Shape:
   try:
-    axes = logical_axes(path, len(shape), UMT5_RULES if path.startswith('text/') else PARAM_RULES)
+    axes = component_axes(component, path, len(shape))
   except ConfigError:
     return shape
   axes = tuple(a if size > 1 else None for a, size in zip(axes, shape, strict=True))
-  spec = partition_spec(axes, shape, table, mesh, f'parameter {path!r}')
+  where = f'parameter {component + "/" + path!r}'
+  spec = partition_spec(axes, shape, table, mesh, where)
   return jax.sharding.NamedSharding(mesh, spec).shard_shape(shape)
 
 

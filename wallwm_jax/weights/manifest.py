@@ -1,8 +1,8 @@
-"""The manifest of a weight folder: which tensors of a public checkpoint became which parameters.
+"""The manifest of a weight folder: its parameters, and the public tensors that became them.
 
 manifest.json   component, the model's sizes, every parameter and every source tensor, checksums
 params/         an Orbax PyTree checkpoint of the parameters, in the dtypes of the source
-tokenizer.json  of the text component
+tokenizer.json  of the text and vlm components
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ FORMAT = 1
 NAME = 'manifest.json'
 PARAMS = 'params'
 
-Component = Literal['video', 'codec', 'text']
+Component = Literal['video', 'codec', 'text', 'vlm']
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
   """What a weight folder holds and where it came from; all of it JSON.
 
-  component: 'video' (the video tower), 'codec' or 'text'. family: the conversion that wrote it.
+  component: 'video' (the video tower), 'codec', 'text' or 'vlm' (also the small language model).
+  family: the conversion that wrote it, or that would lead back to torch.
   naming: of the source keys, 'diffusers' or 'original'; prefix: stripped off all of them.
   fields: the model's sizes as the family's `infer` returns them.
   leaves: {parameter path: {shape, dtype, sha256}}; sha256 over the digests of its source tensors
-  in layer order, so that it depends neither on layout nor on chunks.
+  in layer order, so that it depends neither on layout nor on chunks. Weights that were trained
+  here (`weights.save`) have no source: keys is {}, the digests are those of our own layers.
   keys: {source key: {status, file, dtype, shape, sha256, ...}}, status 'used' (with path, layer
   and, where our layout is another one, `reshaped`: our shape), 'alias' (with `of`) or 'ignored'.
   files: {name: {size in bytes, sha256}} of the source. source_config: its parsed config.json.
@@ -71,7 +73,7 @@ def read_manifest(path: str | os.PathLike, component: Component | None = None) -
   if not file.is_file():
     raise CheckpointError(
       f'{path}: expected a folder of converted weights with {NAME}, found none. Write one with '
-      '`wallwm convert wan-dit|wan-vae|umt5 --src DIR --out DIR`.'
+      '`wallwm convert wan-dit|wan-vae|umt5|qwen --src DIR --out DIR`.'
     )
   try:
     values = json.loads(file.read_text())

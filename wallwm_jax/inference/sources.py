@@ -1,0 +1,145 @@
+"""Sources of text: what the denoiser is told before every turn of a rollout, and by whom.
+
+A source is asked before each turn and answers with a `Request`: text, for how long it is meant, and
+which caption it stands for. The denoiser sees only the text, so a rollout may change its source at
+any turn. A script's sources are here, those that ask a VLM in `inference.language`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from wallwm_jax.types import Observation, Text, pytree_dataclass
+
+NOTHING = -1  # caption of a request that stands for no row of the table
+
+
+@pytree_dataclass
+class CaptionTable:
+  """Every caption an environment can name, encoded once, and how long its event usually lasts.
+
+  text: features [I, X, E], mask [I, X] for I captions; lengths: [I] int32 future latents.
+  """
+
+  text: Text
+  lengths: Int[Array, 'I']
+
+
+@pytree_dataclass
+class TextContext:
+  """What a source may read before a turn.
+
+  obs: what the policy is about to see, B = 1. captions: the environment's table. instruction: the
+  row of it that is the task. event: the row of the next scripted event, known to the environment
+  alone: only sources that follow its script may read it. step: number of the turn. clock: future
+  latents of all turns before it, the only time that a policy can tell.
+  """
+
+  obs: Observation
+  captions: CaptionTable
+  instruction: Int[Array, '']
+  event: Int[Array, '']
+  step: Int[Array, '']
+  clock: Int[Array, '']
+
+
+@pytree_dataclass
+class Request:
+  """What a source asks for: text with B = 1, length in future latents, >= 1 and not yet cut to a
+  window, and the row of the caption table it stands for (NOTHING = none).
+  """
+
+  text: Text
+  length: Int[Array, '']
+  caption: Int[Array, '']
+
+
+State = Any  # pytree that a source carries from turn to turn; () where it has no memory
+
+
+class Source(NamedTuple):
+  """start(captions) -> state before the first turn; speak(context, state) -> (request, state).
+
+  Both are pure and keep shapes and dtypes.
+  """
+
+  start: Callable[[CaptionTable], State]
+  speak: Callable[[TextContext, State], tuple[Request, State]]
+
+
+@pytree_dataclass
+class Held:
+  """Memory of a held source: its own, its last request, and the clock at which that has run out."""
+
+  inner: State
+  request: Request
+  until: Int[Array, '']
+
+
+def stateless(speak: Callable[[TextContext], Request]) -> Source:
+  """A source without memory."""
+  return Source(lambda captions: (), lambda context, state: (speak(context), state))
+
+
+def lookup(captions: CaptionTable, row: Int[Array, '']) -> Request:
+  """The request of one row of the table, as long as its event usually lasts."""
+  text = jax.tree.map(lambda x: jnp.asarray(x)[row][None], captions.text)
+  return request(text, jnp.asarray(captions.lengths)[row], row)
+
+
+def request(text: Text, length, caption) -> Request:
+  """A Request in the dtypes that all sources share, so that they can stand in for each other."""
+  text = Text(text.features.astype(jnp.float32), text.mask)
+  length, caption = jnp.asarray(length, jnp.int32), jnp.asarray(caption, jnp.int32)
+  return Request(text, jnp.maximum(length, 1), caption)
+
+
+# Source 1: the instruction of the whole task.
+instruction = stateless(lambda context: lookup(context.captions, context.instruction))
+# Source 2: the atomic instruction, caption of the next event of the environment's script.
+atomic = stateless(lambda context: lookup(context.captions, context.event))
+
+
+def switched(sources: Sequence[Source], schedule: Int[Array, 'S']) -> Source:
+  """The source `schedule` names at each turn: indices into `sources`; the last one holds on.
+
+  Every source keeps its own memory, which rests while another speaks.
+  """
+  schedule = jnp.asarray(schedule, jnp.int32)
+
+  def branch(i: int):
+    def speak(context, states):
+      said, state = sources[i].speak(context, states[i])
+      return said, (*states[:i], state, *states[i + 1 :])
+
+    return speak
+
+  def speak(context: TextContext, states):
+    index = schedule[jnp.minimum(context.step, schedule.shape[0] - 1)]
+    return jax.lax.switch(index, [branch(i) for i in range(len(sources))], context, states)
+
+  return Source(lambda captions: tuple(source.start(captions) for source in sources), speak)
+
+
+def held(source: Source) -> Source:
+  """`source`, asked again only when what it asked for has run out by the policy's own clock."""
+
+  def start(captions: CaptionTable) -> Held:
+    nothing = lookup(captions, 0)  # only its shapes count: it has run out before the first turn
+    return Held(source.start(captions), nothing, jnp.int32(0))
+
+  def ask(context, state: Held):
+    said, inner = source.speak(context, state.inner)
+    return Held(inner, said, context.clock + said.length)
+
+  def speak(context: TextContext, state: Held):
+    running = context.clock < state.until
+    state = jax.lax.cond(running, lambda _, state: state, ask, context, state)
+    return state.request, state
+
+  return Source(start, speak)

@@ -1,0 +1,1 @@
+"""Qwen3.5: text backbone, vision tower, cache, and the heads that read it."""
