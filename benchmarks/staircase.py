@@ -208,6 +208,7 @@ def draw(figures: dict, layers: int, clock: str, path: str) -> None:
 
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
+  from matplotlib import ticker
 
   fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
   serial = figures['serial_ms']
@@ -226,7 +227,8 @@ def draw(figures: dict, layers: int, clock: str, path: str) -> None:
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
   fig.savefig(path, dpi=150)
 
 
