@@ -6,6 +6,10 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Threads of the CPU client. Each device waits in a thread of its own at a collective; with as many
+# threads as devices, one device that reaches two of them at once leaves another without any, and
+# all wait until XLA ends the process.
+os.environ.setdefault('NPROC', '32')
 # Tests compile far more than they compute: without optimisation a tiny model compiles in a sixth of
 # the time.
 os.environ['XLA_FLAGS'] = ' '.join(

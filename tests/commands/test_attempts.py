@@ -134,7 +134,7 @@ def test_a_planner_is_scored_by_the_events_it_names(
   config = dataclasses.replace(config, data=data)
   count = len(tasks.CAPTIONS)
   right = int(tasks.event_caption(suite.script[4, 0]))  # of one of the pushes
-  table = PlanningTable(tokens(count), tokens(count), np.array([0, right], np.int32))
+  table = PlanningTable(tokens(count), np.array([0, right], np.int32))
   done = attempts.attempt(
     config, params, suite, attempts.caption_table(config, store), max_steps=24, source='planner',
     planning=table,
@@ -183,14 +183,10 @@ def test_prompts_are_the_captions_of_the_tabletop():
     def prompts(self, texts):
       return [f'task {text}' for text in texts]
 
-    def answers(self, texts):
-      return [f'plan {text}' for text in texts]
-
   bank = [tasks.CAPTIONS[5], tasks.CAPTIONS[2]]
   table = attempts.planning_table(Texts(), bank)
-  assert len(table.prompts) == len(table.answers) == len(tasks.CAPTIONS)
+  assert len(table.prompts) == len(tasks.CAPTIONS)
   assert table.prompts[7] == f'task {tasks.CAPTIONS[7]}' and table.rows.tolist() == [5, 2]
-  assert table.answers[7] == f'plan {tasks.CAPTIONS[7]}'
   with pytest.raises(ConfigError, match="captions of the tabletop, got 1 others such as 'wander'"):
     attempts.planning_table(Texts(), ['wander'])
 

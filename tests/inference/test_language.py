@@ -108,17 +108,15 @@ def random_tokens(rows: int, lengths, size: int, seed: int) -> Prompt:
 def table() -> PlanningTable:
   prompts = random_tokens(3, [18, 14, 16], PROMPT, seed=1)
   prompts.ids[:, : 2 * VIEW_TOKENS] = IMAGE
-  return PlanningTable(prompts, random_tokens(3, [3, 5, 4], ANSWER, seed=2), np.array(ROWS))
+  return PlanningTable(prompts, np.array(ROWS))
 
 
 @pytest.fixture(scope='module')
-def moment(make_inputs, table):
+def moment(make_inputs, table, side_params):
   """(observation, prompt, answer) of B = 2 with a history of frames."""
   obs, _ = make_inputs(frames=5)
-  prompt, answer = (
-    jax.tree.map(lambda x: jnp.asarray(x[:2]), tokens) for tokens in (table.prompts, table.answers)
-  )
-  return obs, prompt, answer
+  prompt = jax.tree.map(lambda x: jnp.asarray(x[:2]), table.prompts)
+  return obs, prompt, side_params.frozen.language.answers
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,6 @@ from wallwm_jax.models.binding import bind, fresh
 from wallwm_jax.models.vlm.heads import Heads, PrefixProjector
 from wallwm_jax.types import path_string
 
-jax.config.update('jax_default_matmul_precision', 'highest')
-
 VLM = cfg.QwenConfig(width=20, dtype='float32')
 CONFIG = cfg.LanguageConfig(
   vlm=VLM,

@@ -25,12 +25,6 @@ TOLERANCE = 2e-4  # on logits and on the residual stream after every layer, floa
 VISION = 2e-5  # the two forms of GELU differ by ten times as much
 
 
-@pytest.fixture(scope='module', autouse=True)
-def precise():
-  with jax.default_matmul_precision('highest'):
-    yield
-
-
 @pytest.fixture(scope='module', params=NAMES)
 def text(request):
   return load(f'text_{request.param}')

@@ -66,12 +66,6 @@ def weights(config: QwenConfig):
   return jax.tree.map(lambda a: a + 0.2 * rng.standard_normal(a.shape).astype(np.float32), params)
 
 
-@pytest.fixture(autouse=True)
-def exact():
-  with jax.default_matmul_precision('highest'):
-    yield
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames='size')
 def prefill(config, params, x, positions, mask, size):
   model = bind(Qwen, config, params)

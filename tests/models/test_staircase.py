@@ -19,8 +19,6 @@ from wallwm_jax.models.binding import bind, fresh
 from wallwm_jax.models.vlm.backbone import Qwen
 from wallwm_jax.types import CheckpointError, ConfigError, path_string
 
-jax.config.update('jax_default_matmul_precision', 'highest')
-
 B, S, SIZE, D, VOCAB = 3, 9, 10, 12, 11
 PERIODIC = ('linear', 'linear', 'linear', 'full') * 2
 # Layer types and N_r.

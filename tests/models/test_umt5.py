@@ -87,12 +87,11 @@ def test_every_intermediate_matches_transformers(fixture):
     row = block.position_bias(buckets)[0, :, 0]
     assert_close(f'position_bias{n}_row0', row, f[f'mid.position_bias{n}_row0'])
   real = mask[..., None]
-  with jax.default_matmul_precision('highest'):
-    block = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
-    x = encoder.embed(ids)
-    x = x + jax.jit(block.attend)(block.attn_norm(x), buckets, mask)
-    assert_close('layer0.after_attn', x * real, f['mid.layer0.after_attn'])
-    out, each = layers(encoder, ids, mask)
+  block = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+  x = encoder.embed(ids)
+  x = x + jax.jit(block.attend)(block.attn_norm(x), buckets, mask)
+  assert_close('layer0.after_attn', x * real, f['mid.layer0.after_attn'])
+  out, each = layers(encoder, ids, mask)
   for n, x in enumerate(each):
     assert_close(f'layer{n}', x * real, f[f'mid.layer{n}'])
   assert_close('last_hidden_state', out * real, f['outputs.last_hidden_state_masked'])

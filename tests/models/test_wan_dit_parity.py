@@ -28,12 +28,6 @@ every_fixture = pytest.mark.parametrize('name', NAMES)
 every_kind = pytest.mark.parametrize('kind', KINDS)
 
 
-@pytest.fixture(autouse=True)
-def exact_matmuls():
-  with jax.default_matmul_precision('highest'):
-    yield
-
-
 class Fixture:
   """One reference model and its run, in our layouts."""
 

@@ -32,8 +32,6 @@ from wallwm_jax.parallel.constraints import activation_sharding
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.types import ConfigError
 
-HIGHEST = functools.partial(jax.default_matmul_precision, 'highest')
-
 
 def close(got, want, name: str, tol: float = 2e-5, rms_tol: float = 1e-5):
   """max|d| <= tol * max(1, rms) and ||d|| <= rms_tol * ||want||."""
@@ -85,10 +83,9 @@ def test_every_layer_matches_diffusers(name):
   def decode(z):
     return trace(model.decoder, model.post_quant_conv(z, None)[0])
 
-  with HIGHEST():
-    got = {f'encoder/{k}': v for k, v in encode(f.clip('inputs.video')[:, :9]).items()}
-    got |= {f'decoder/{k}': v for k, v in decode(f.clip('inputs.latent')[:, :frames]).items()}
-    moments = model.quant_conv(got['encoder/conv_out'], None)[0]
+  got = {f'encoder/{k}': v for k, v in encode(f.clip('inputs.video')[:, :9]).items()}
+  got |= {f'decoder/{k}': v for k, v in decode(f.clip('inputs.latent')[:, :frames]).items()}
+  moments = model.quant_conv(got['encoder/conv_out'], None)[0]
   want = {k.removeprefix('mid.') for k in f.tensors if k.startswith('mid.')}
   assert want <= set(got) and len(want) > 20
   for path in (p for p in got if p in want):
@@ -103,9 +100,8 @@ def test_every_layer_matches_diffusers(name):
 def test_encode_and_decode_match_diffusers(name, frames):
   f, model = fixture(name), loaded(name)  # streaming, one latent frame at a time
   latent_frames = 1 + (frames - 1) // f.config.temporal
-  with HIGHEST():
-    mean = jax.jit(model.encode)(f.clip('inputs.video')[:, :frames])
-    decoded = jax.jit(model.decode)(f.clip('inputs.latent')[:, :latent_frames])
+  mean = jax.jit(model.encode)(f.clip('inputs.video')[:, :frames])
+  decoded = jax.jit(model.decode)(f.clip('inputs.latent')[:, :latent_frames])
   close(mean, f.clip(f'outputs.latent_mode_{frames}'), 'latent_mode')
   # Random channels of width 4 amplify rounding in the norms: 2e-5 at worst, by another summation.
   close(decoded, f.clip(f'outputs.decoded_{frames}'), 'decoded', tol=5e-5)
@@ -157,8 +153,7 @@ def test_pieces_do_not_change_the_result(residual):
   results = {}
   for chunk in (6, 1, 4, 5):
     model = tiny(residual, chunk=chunk)
-    with HIGHEST():
-      results[chunk] = jax.jit(model.encode)(x), jax.jit(model.decode)(z)
+    results[chunk] = jax.jit(model.encode)(x), jax.jit(model.decode)(z)
   whole = results.pop(6)
   for chunk, pieces in results.items():
     for got, want in zip(pieces, whole):
@@ -309,9 +304,8 @@ def test_a_clip_split_over_eight_devices_is_the_same_clip(residual, grid):
     return jax.jit(run)
 
   for call, argument in ((model.encode, x), (model.decode, z)):
-    with HIGHEST():
-      compiled = sharded(call).lower(argument).compile()
-      got, want = compiled(argument), jax.jit(call)(argument)
+    compiled = sharded(call).lower(argument).compile()
+    got, want = compiled(argument), jax.jit(call)(argument)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     # Neighbours exchange the rows or columns of their border; only attention gathers, one frame's
     # queries, keys and values at a time.

@@ -14,7 +14,7 @@ from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import stages
 from wallwm_jax.training.state import abstract_state, build_optimizer, init_params, init_state
 from wallwm_jax.training.step import make_train_step
-from wallwm_jax.types import ConfigError
+from wallwm_jax.types import ConfigError, path_string
 
 LANGUAGE = ('3', '4', 'vlm')
 
@@ -36,6 +36,15 @@ def test_what_cannot_be_unfrozen_is_refused(tiny):
   config = tiny.language('2', train={'unfreeze': ('staircase',)})
   with pytest.raises(ConfigError, match=r'unfreeze.*staircase'):
     stages.stage_of(config)
+
+
+@pytest.mark.parametrize('stage', ('1', '5', *LANGUAGE))
+def test_parameters_have_a_type_of_their_own(tiny, stage):
+  """A weakly typed parameter is a strong one after the first step, which then compiles again."""
+  config = tiny.language(stage, 'chunk' if stage == '5' else 'event')
+  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  weak = [path_string(p) for p, x in jax.tree_util.tree_leaves_with_path(shapes) if x.weak_type]
+  assert not weak
 
 
 @pytest.mark.parametrize('stage', LANGUAGE)

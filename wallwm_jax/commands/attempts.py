@@ -94,7 +94,7 @@ def caption_table(config: ExperimentConfig, store: EventStore) -> CaptionTable:
 
 
 def planning_table(texts: PlanningTexts, bank: Sequence[str]) -> PlanningTable:
-  """Every caption of the tabletop as a VLM is asked about it and answers with it.
+  """Every caption of the tabletop as a VLM is asked about it.
 
   Args:
     bank: what the VLM may plan, in the order of its next-event logits.
@@ -109,7 +109,7 @@ def planning_table(texts: PlanningTexts, bank: Sequence[str]) -> PlanningTable:
     )
   asked = [traces.instruct(caption, 'canonical', 0) for caption in tasks.CAPTIONS]
   rows = np.array([tasks.CAPTIONS.index(caption) for caption in bank], np.int32)
-  return PlanningTable(texts.prompts(asked), texts.answers(tasks.CAPTIONS), rows)
+  return PlanningTable(texts.prompts(asked), rows)
 
 
 def untrained(config: ExperimentConfig, params: InferenceParams, seed: int = 0) -> InferenceParams:

@@ -54,14 +54,13 @@ class Plan:
 
 @pytree_dataclass
 class PlanningTable:
-  """The captions of an environment's table (I rows) as a VLM reads and writes them.
+  """The captions of an environment's table (I rows) as a VLM meets them.
 
-  prompts: [I, S], the question where the task is that caption. answers: [I, Y], the caption as the
-  VLM would answer with it. rows: int32, the row of the table of each caption of `Language.bank`.
+  prompts: [I, S], the question where the task is that caption. rows: [J] int32, the row of the
+  table of each caption of `Language.bank`.
   """
 
   prompts: Prompt
-  answers: Prompt
   rows: Int[Array, 'J']
 
 
@@ -182,7 +181,7 @@ def text_of_latents(
 ) -> Text:
   """Latents through the project-out head."""
   require_parts(params, ('heads',), 'text from latents')
-  return _condition(params, latents, jnp.ones(latents.shape[:2], bool), cfg)
+  return _condition(params, latents, None, cfg)
 
 
 def explain(
@@ -281,7 +280,7 @@ def planner(
     fps: actions per second of the policy, what turns remaining time into latents.
   """
 
-  def say(context: TextContext, reading: Reading, row):
+  def say(context: TextContext, reading: Reading, asked, row):
     return sources.lookup(context.captions, row).text, row
 
   return _planning(params, table, say, cfg, fps)
@@ -292,8 +291,10 @@ def conditioned(
 ) -> Source:
   """As `planner`, but the text too is the VLM's: its states at the caption, projected out."""
 
-  def say(context: TextContext, reading: Reading, row):
-    answer = jax.tree.map(lambda x: jnp.asarray(x)[row][None], table.answers)
+  side = require_parts(params, ('heads',), 'text from a VLM')
+
+  def say(context: TextContext, reading: Reading, asked, row):
+    answer = jax.tree.map(lambda x: jnp.asarray(x)[asked][None], side.answers)
     return text_of_answer(params, reading, answer, cfg=cfg), row
 
   return _planning(params, table, say, cfg, fps)
@@ -304,7 +305,7 @@ def staircase(
 ) -> Source:
   """Source 3: text of the latents, which stand for no caption; they last as long as the event."""
 
-  def say(context: TextContext, reading: Reading, row):
+  def say(context: TextContext, reading: Reading, asked, row):
     text = text_of_latents(params, latents_of(params, reading, cfg=cfg), cfg=cfg)
     return text, sources.NOTHING
 
@@ -312,8 +313,8 @@ def staircase(
 
 
 def _planning(params, table: PlanningTable, say, cfg: ExperimentConfig, fps: float) -> Source:
-  """A source that plans anew at every turn; say(context, reading, row of the caption table) answers
-  with (text, caption asked for).
+  """A source that plans anew at every turn; say(context, reading, asked, row) answers with (text,
+  caption asked for), given the planned caption's row of `Language.bank` and of the caption table.
 
   An event counts as completed once its planned time has passed: the policy has no other sign.
   """
@@ -330,7 +331,7 @@ def _planning(params, table: PlanningTable, say, cfg: ExperimentConfig, fps: flo
     # A wild estimate must not overflow; no window is longer than this.
     length = jnp.clip(latents, 1, 2**16).astype(jnp.int32)
     asked = planned.caption[0]
-    text, caption = say(context, reading, jnp.asarray(table.rows)[asked])
+    text, caption = say(context, reading, asked, jnp.asarray(table.rows)[asked])
     return sources.request(text, length, caption), Memory(done, asked, context.clock + length)
 
   return Source(start, speak)

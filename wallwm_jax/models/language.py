@@ -146,7 +146,7 @@ def read_prompt(
   vlm, layout = config.vlm, jax.tree.map(jnp.asarray, language.layout)
   b, s = prompt.ids.shape
   ids = insert_state(prompt.ids, state, layout)
-  present = view_mask[:, jnp.maximum(layout.view, 0)] | (layout.view < 0)
+  present = jnp.asarray(view_mask)[:, jnp.maximum(layout.view, 0)] | (layout.view < 0)
   mask = prompt.mask & present
   h, w = config.image_size or frames.shape[2:4]
   patches = frames_to_patches(frames.reshape(-1, *frames.shape[2:]), (h, w), vlm.vision)
@@ -215,14 +215,18 @@ def condition(
   config: LanguageConfig,
   text: TextConfig,
   hidden: Float[Array, 'B S D'],
-  mask: Bool[Array, 'B S'],
+  mask: Bool[Array, 'B S'] | None = None,
 ) -> tuple[Text, Float[Array, 'B X']]:
   """The project-out head: hidden states at text positions (or latents) as features that stand in
   for the frozen text encoder's.
 
+  Args:
+    mask: states that exist; None = all, as latents do.
+
   Returns:
     (Text in the shape of the encoder's, logits of its mask: a row exists where they are > 0).
   """
+  mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
   features, present = bind(Heads, config, heads, text).condition(hidden, mask)
   return Text(features, present > 0), present
 

@@ -46,9 +46,8 @@ def latent_text(
 def _condition_latents(params: Params, frozen: Language, cache, config: ExperimentConfig):
   """(Text, logits of its mask, latents) of a cached prompt."""
   latents = language.latent_states(params['staircase'], frozen.vlm, config.language, cache)
-  everything = jnp.ones(latents.shape[:2], bool)
   text, present = language.condition(
-      params['heads'], config.language, config.model.text, latents, everything)
+      params['heads'], config.language, config.model.text, latents)
   return text, present, latents
 
 

@@ -73,7 +73,7 @@ class PrefixProjector(nnx.Module):
     self.up = Linear(config.vlm.width, width, dtype=dtype, rngs=rngs)
     self.down = Linear(width, width, dtype=dtype, rngs=rngs)
     self.out_norm = RMSNorm(width)
-    self.out_norm.scale[...] = jnp.full((width,), _EMBEDDING_RMS)
+    self.out_norm.scale[...] = jnp.full((width,), _EMBEDDING_RMS, jnp.float32)
 
   def __call__(self, latents: Float[Array, 'B Z D']) -> Float[Array, 'B Z E']:
     x = self.norm(latents.astype(jnp.float32))
@@ -106,7 +106,7 @@ class _NextEvent(nnx.Module):
     self.bank, self.memory = (
       Linear(text.width, width, dtype=dtype, rngs=rngs) for _ in range(2)
     )
-    self.scale = nnx.Param(jnp.full((), math.log(_COSINE_SCALE)))  # a logarithm
+    self.scale = nnx.Param(jnp.full((), math.log(_COSINE_SCALE), jnp.float32))  # a logarithm
 
   def __call__(self, hidden, mask, bank, last):
     bank = layer_norm(bank)
