@@ -48,6 +48,9 @@ class EpisodeInfo:
   calibration: Mapping[str, Calibration | None]
   pixel_mask: Mapping[str, np.ndarray | None]
   captions: tuple[CaptionSpan, ...]
+  times: np.ndarray | None
+  rig: str
+  provenance: Mapping[str, Any]
 
 
 def num_blocks(num_frames: int) -> int:
@@ -77,6 +80,9 @@ def encode_header(record: EpisodeRecord, row: int) -> bytes:
       },
       'pixel_mask': dict(record.pixel_mask),
       'captions': [dataclasses.astuple(span) for span in record.captions],
+      'times': record.times,
+      'rig': record.rig,
+      'provenance': dict(record.provenance),
     },
   )
 
@@ -97,6 +103,9 @@ def decode_header(raw: bytes, row: int) -> EpisodeInfo:
     {view: c and Calibration(*c) for view, c in x['calibration'].items()},
     x['pixel_mask'],
     tuple(CaptionSpan(*span) for span in x['captions']),
+    x.get('times'),
+    x.get('rig', ''),
+    x.get('provenance', {}),
   )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -75,12 +76,14 @@ class Quarantined:
 class EpisodeRecord:
   """One recorded episode.
 
-  episode_id: unique within a store; source: data set it comes from; fps: Hz.
+  episode_id: unique within a store; source: data set it comes from; fps: Hz, nominal; rig: what
+  shares clocks and cameras (a robot in one session), '' = the whole source.
   views: camera names the episode must have; frames: {view: uint8 [T, H, W, 3]}, one size per view.
   state: float32 [T, A] or None (video only); actions: float32 [T, A] or None (action-free).
   calibration: {view: Calibration | None}; pixel_mask: {view: bool [H, W], False on synthetic
   borders | None}. events: ordered in time; captions: spans of any level (an event's own captions
-  win over them).
+  win over them). times: float64 [T] s as recorded, or None where frame k is at k / fps.
+  provenance: JSON-serialisable, what each step of the preparation found or changed, by its name.
   """
 
   episode_id: str
@@ -94,6 +97,9 @@ class EpisodeRecord:
   calibration: Mapping[str, Calibration | None] = dataclasses.field(default_factory=dict)
   pixel_mask: Mapping[str, np.ndarray | None] = dataclasses.field(default_factory=dict)
   captions: tuple[CaptionSpan, ...] = ()
+  times: np.ndarray | None = None
+  rig: str = ''
+  provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def num_frames(self) -> int:
@@ -124,6 +130,7 @@ def validate(record: EpisodeRecord) -> None:
   try:
     _check_header(record)
     _check_frames(record)
+    _check_times(record)
     _check_robot(record)
     _check_cameras(record)
     _check_spans(record)
@@ -157,6 +164,23 @@ def _check_frames(record: EpisodeRecord) -> None:
   _require(not extra, f'frames: cameras {extra} are not in views {record.views}.')
   _require(len(set(lengths.values())) == 1, f'camera lengths differ: {lengths} frames.')
   _require(record.num_frames >= 2, f'expected at least 2 frames, got {record.num_frames}.')
+
+
+def _check_times(record: EpisodeRecord) -> None:
+  times = record.times
+  if times is None:
+    return
+  _require(
+    times.dtype == np.float64 and times.shape == (record.num_frames,),
+    f'times: expected float64 [{record.num_frames}], got {times.dtype} {list(times.shape)}.',
+  )
+  _require(bool(np.isfinite(times).all()), 'times: NaN or infinite values.')
+  late = np.flatnonzero(np.diff(times) <= 0)
+  _require(
+    not len(late),
+    f'times: expected to increase, frame {late[0] + 1 if len(late) else 0} is not after the one '
+    'before it.',
+  )
 
 
 def _check_robot(record: EpisodeRecord) -> None:

@@ -45,6 +45,11 @@ BAD = {
   'action width': (lambda e: {'actions': e.actions[:, :7]}, 'float32 .T, 10 or 20.'),
   'no state': (lambda e: {'state': None}, 'without state'),
   'fps': (lambda e: {'fps': float('nan')}, 'fps'),
+  'times length': (lambda e: {'times': np.arange(31.0)}, r'times: expected float64 .32.'),
+  'times repeat': (
+    lambda e: {'times': _with(np.arange(32.0), 4, 3.0)},
+    'frame 4 is not after',
+  ),
   'no events': (lambda e: {'events': ()}, 'at least one'),
   'event past the end': (
     lambda e: {'events': (EventSpan(0, 33, 'x'),)},

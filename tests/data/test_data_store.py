@@ -80,6 +80,7 @@ def test_round_trip_is_exact(pristine):
     {'actions': None},
     {'actions': None, 'state': None},
     {'calibration': {}},
+    {'times': np.arange(32) / 9.9, 'rig': 'arm-3', 'provenance': {'sync': {'lag': 2, 'r': 0.75}}},
     {'pixel_mask': {'side': np.arange(256).reshape(16, 16) % 3 == 0, 'front': None}},
   ],
 )
