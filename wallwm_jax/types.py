@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 Params = dict[str, Any]  # nested dict of arrays; never a Flax object
@@ -111,6 +112,33 @@ class Observation:
   frames: UInt8[Array, 'B V T H W 3']
   state: Float[Array, 'B A']
   view_mask: Bool[Array, 'B V']
+
+
+@pytree_dataclass
+class Packing:
+  """Which event of a packed row is where; the G events of a row are counted from 1, 0 = padding.
+
+  frame_event, frame_index: [B, F] int32, the event of each latent frame and its place in it (0 =
+  the anchor). step_event, step_index: [B, K] int32, the same of action steps.
+  """
+
+  frame_event: Int[Array, 'B F']
+  frame_index: Int[Array, 'B F']
+  step_event: Int[Array, 'B K']
+  step_index: Int[Array, 'B K']
+
+  def frames(self, x: Float[Array, 'B G ...']) -> Float[Array, 'B F ...']:
+    """What belongs to events, for each latent frame (padding: that of some event)."""
+    return _of_events(x, self.frame_event)
+
+  def steps(self, x: Float[Array, 'B G ...']) -> Float[Array, 'B K ...']:
+    """What belongs to events, for each action step (padding: that of some event)."""
+    return _of_events(x, self.step_event)
+
+
+def _of_events(x, event):
+  index = jnp.maximum(event - 1, 0)
+  return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 @pytree_dataclass

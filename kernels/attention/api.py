@@ -24,6 +24,7 @@ def dot_product_attention(
     *,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
+    segments: tuple[jax.Array, jax.Array] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(hd) + bias) v over the keys that `mask` shows; softmax in float32.
@@ -35,6 +36,8 @@ def dot_product_attention(
       no key gets the output 0 (and zero gradients), never NaN.
     bias: float, broadcastable like `mask`, added to the logits; -inf hides a key like the mask
     does.
+    segments: int [B, Sq] and [B, Sk]; a query sees the keys of its own segment only, and none of
+      segment 0 (padding). Costs no [Sq, Sk] mask to be handed over.
     implementation: a backend by name; None picks the best one that supports the call.
 
   Returns:
@@ -45,15 +48,16 @@ def dot_product_attention(
     NotImplementedError: the named implementation does not support this call.
   """
   _check(q, k, v, mask, bias)
+  _check_segments(q, k, segments)
   if implementation is not None:
     if implementation not in _BACKENDS:
       raise ConfigError(
           f'attention implementation: expected None or one of {sorted(_BACKENDS)}, '
           f'got {implementation!r}.')
-    return _BACKENDS[implementation](q, k, v, mask, bias)
+    return _BACKENDS[implementation](q, k, v, mask, bias, segments)
   for backend in _BACKENDS.values():
     try:
-      return backend(q, k, v, mask, bias)
+      return backend(q, k, v, mask, bias, segments)
     except NotImplementedError:
       continue
   raise NotImplementedError(f'no attention backend supports q {q.shape} {q.dtype}, k {k.shape}.')
@@ -76,6 +80,16 @@ def _check(q, k, v, mask, bias):
           f'[B, heads, Sq, Sk] = {list(logits)}.')
   if mask is not None and mask.dtype != jnp.bool_:
     raise ConfigError(f'attention: mask must be bool (True = may attend), got {mask.dtype}.')
+
+
+def _check_segments(q, k, segments):
+  if segments is None:
+    return
+  for name, x, like in zip(('queries', 'keys'), segments, (q, k), strict=True):
+    if x.shape != like.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ConfigError(
+          f'attention: expected integer segments of the {name} of shape {list(like.shape[:2])}, '
+          f'got {x.dtype} {list(x.shape)}.')
 
 
 def _broadcasts(shape, target) -> bool:

@@ -16,21 +16,27 @@ _BLOCK = 256
 _LONG = 1 << 20
 
 
-def attention(q, k, v, mask, bias):
+def attention(q, k, v, mask, bias, segments=None):
   """See `api.dot_product_attention`. Matmuls in the input dtype with float32 accumulation."""
   # Heads first: on CPU the products of [S, hd] matrices run several times faster than strided ones.
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   mask, bias = (None if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
                 for x in (mask, bias))
+  owner, owned = (None, None) if segments is None else (
+      segments[0][:, None, :, None], segments[1][:, None, None])
   if q.shape[2] * k.shape[2] < _LONG or q.shape[2] <= _BLOCK:
-    out = _attend(q, k, v, mask, bias)
+    out = _attend(q, k, v, mask, bias, owner, owned)
   else:
-    out = _attend_by_blocks(q, k, v, mask, bias)
+    out = _attend_by_blocks(q, k, v, mask, bias, owner, owned)
   return out.swapaxes(1, 2)
 
 
-def _attend(q, k, v, mask, bias):
-  """All arrays [B, heads, Sq or Sk, ...]; mask and bias broadcast to [B, heads, Sq, Sk]."""
+def _attend(q, k, v, mask, bias, owner, owned):
+  """All arrays [B, heads, Sq or Sk, ...]; mask and bias broadcast to [B, heads, Sq, Sk], as do the
+  segments of queries, owner [B, 1, Sq, 1], and of keys, owned [B, 1, 1, Sk]."""
+  if owner is not None:
+    same = (owner == owned) & (owned > 0)
+    mask = same if mask is None else mask & same
   logits = jnp.einsum('bnqh,bnkh->bnqk', q, k, preferred_element_type=jnp.float32)
   logits *= q.shape[-1] ** -0.5
   if bias is not None:
@@ -45,7 +51,7 @@ def _attend(q, k, v, mask, bias):
   return (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
 
 
-def _attend_by_blocks(q, k, v, mask, bias):
+def _attend_by_blocks(q, k, v, mask, bias, owner, owned):
   queries = q.shape[2]
   blocks = -(-queries // _BLOCK)
   rows = -(-queries // blocks)
@@ -62,10 +68,10 @@ def _attend_by_blocks(q, k, v, mask, bias):
 
   def block(of_block):
     q, *of_queries = of_block
-    own = (whole if part is None else part for whole, part in zip((mask, bias), of_queries))
-    return _attend(q, k, v, *own)
+    own = (whole if part is None else part for whole, part in zip((mask, bias, owner), of_queries))
+    return _attend(q, k, v, *own, owned)
 
   out = jax.lax.map(
-      jax.checkpoint(block, prevent_cse=False), (split(q), split(mask), split(bias)))
+      jax.checkpoint(block, prevent_cse=False), (split(q), split(mask), split(bias), split(owner)))
   out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:2], blocks * rows, q.shape[3])
   return out[:, :, :queries]

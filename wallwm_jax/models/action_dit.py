@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +23,7 @@ from wallwm_jax.models.layers import (
 from wallwm_jax.models.rope import Rotation, axis_angles
 from wallwm_jax.models.stack import scan_blocks, stack_blocks
 from wallwm_jax.parallel.constraints import constrain
-from wallwm_jax.types import pytree_dataclass
+from wallwm_jax.types import Packing, pytree_dataclass
 
 
 @pytree_dataclass
@@ -28,12 +31,24 @@ class AnchorCache:
   """Keys and values of every action block against one anchored video forward; constant over
   denoising steps.
 
-  k, v: [L, B, J, heads, hd], J = V * F * P; mask: [B, J], True where the video token exists.
+  k, v: [L, B, J, heads, hd], J = V * F * P; mask: [B, J], True where the video token exists;
+  event: [B, J] int32 of packed rows, the event a token belongs to, 0 where it does not exist.
   """
 
   k: jax.Array
   v: jax.Array
   mask: jax.Array
+  event: jax.Array | None = None
+
+
+class _Context(NamedTuple):
+  """What all action blocks read beside the cache."""
+
+  e9: jax.Array  # [B, R, 9, D], [B, G, R, 9, D] in packed rows
+  state: jax.Array  # [B, 1, D], [B, G, D]
+  rotation: Rotation  # [K, pairs], [B * R, K, pairs]
+  step_mask: jax.Array  # [B * R, 1, 1, K]
+  packing: Packing | None
 
 
 class GatedFeedForward(nnx.Module):
@@ -63,22 +78,32 @@ class ActionBlock(nnx.Module):
     )
     self.ffn = GatedFeedForward(c.width, c.ffn, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x, e9, state, rotation, step_mask, cache: AnchorCache):
+  def __call__(self, x, ctx: _Context, cache: AnchorCache):
     """x [B, R, K, D]: R noise draws share one cache; they are folded into the query rows, K/V is
     never repeated.
     """
     b, r, k, d = x.shape
-    m = (self.modulation[...] + e9)[:, :, :, None]  # [B, R, 9, 1, D]
+    m, own, states = self.modulation[...] + ctx.e9, None, None
+    if ctx.packing is None:
+      m = m[:, :, :, None]  # [B, R, 9, 1, D]
+      seen = {'mask': cache.mask[:, None, None, :]}
+    else:
+      m = jnp.moveaxis(ctx.packing.steps(m), 1, 3)  # [B, R, 9, K, D]
+      event = jnp.tile(ctx.packing.step_event, (1, r))  # [B, R * K]
+      own = (event.reshape(b * r, k),) * 2
+      events = jnp.arange(1, ctx.state.shape[1] + 1, dtype=jnp.int32)
+      states = (event, jnp.broadcast_to(events, ctx.state.shape[:2]))
+      seen = {'segments': (event, cache.event)}
     (shift, scale, gate, shift_v, scale_v, gate_v, shift_ff, scale_ff, gate_ff) = (
       m[:, :, i] for i in range(9)
     )
     h = modulate(x, shift, scale).reshape(b * r, k, d)
-    h = self.self_attn(h, mask=step_mask, rotation=rotation)
+    h = self.self_attn(h, mask=ctx.step_mask, rotation=ctx.rotation, segments=own)
     x = x + (h.reshape(x.shape) * gate).astype(x.dtype)
-    h = self.state_attn(self.norm_state(x).reshape(b, r * k, d), state)
+    h = self.state_attn(self.norm_state(x).reshape(b, r * k, d), ctx.state, segments=states)
     x = x + h.reshape(x.shape)
     q = self.video_attn.queries(modulate(x, shift_v, scale_v).reshape(b, r * k, d))
-    h = self.video_attn.attend(q, cache.k, cache.v, cache.mask[:, None, None, :])
+    h = self.video_attn.attend(q, cache.k, cache.v, **seen)
     x = x + (h.reshape(x.shape) * gate_v).astype(x.dtype)
     return x + (self.ffn(modulate(x, shift_ff, scale_ff)) * gate_ff).astype(x.dtype)
 
@@ -121,13 +146,16 @@ class ActionTower(nnx.Module):
     is this project's.
     """
     _, b, v, f, p, d = features.shape
+    packing = masks.packing
+    tau = tau if packing is None else packing.frame_index
     if self.config.action.depth_map:
       features = features[np.array(self.config.action.depth_map)]
-    when = self.tau_video(tau + self.config.history) + self.abs_video(tau - tau[0])
+    first = tau[0] if packing is None else 0
+    when = self.tau_video(tau + self.config.history) + self.abs_video(tau - first)
     where = (
       self.view_video.embedding[...][:v, None] + self.patch_video.embedding[...][:p]
     )  # [V, P, D]
-    place = when[None, :, None] + where[:, None]  # [V, F, P, D]
+    place = when[..., None, :, None, :] + where[:, None]  # [V, F, P, D] or [B, V, F, P, D]
     graph, state = nnx.split(self.blocks)
 
     def layer(_, inputs):
@@ -137,41 +165,51 @@ class ActionTower(nnx.Module):
       return None, attention.keys_values(tokens)
 
     _, (k, value) = jax.lax.scan(layer, None, (state, features))
-    mask = jnp.broadcast_to(
-      masks.view[:, :, None, None] & masks.frame[:, None, :, None], (b, v, f, p)
-    )
-    return AnchorCache(k, value, mask.reshape(b, v * f * p))
+    views = masks.view[:, :, None] if packing is None else masks.view.swapaxes(1, 2)
+    seen = views & masks.frame[:, None]  # [B, V, F]
+    mask = jnp.broadcast_to(seen[..., None], (b, v, f, p)).reshape(b, v * f * p)
+    if packing is None:
+      return AnchorCache(k, value, mask)
+    event = jnp.broadcast_to(packing.frame_event[:, None, :, None], (b, v, f, p))
+    return AnchorCache(k, value, mask, jnp.where(mask, event.reshape(mask.shape), 0))
 
-  def __call__(self, a, t, state, cache: AnchorCache, step_mask):
+  def __call__(self, a, t, state, cache: AnchorCache, step_mask, packing: Packing | None = None):
     """a [B, R, K, A] noised actions at levels t [B, R]; state [B, A]; step_mask [B, K] -> float32
-    [B, R, K, A].
+    [B, R, K, A]. Packed rows have levels and a state per event, [B, G, R] and [B, G, A].
     """
     c = self.config.action
     b, r, k, _ = a.shape
-    tau = np.arange(k) // self.config.steps_per_latent + 1
-    row = self.tau_action(tau + self.config.history) + self.abs_action(
-      tau + _history_frames(self.config, cache, k)
-    )
-    x = constrain(self.action_in(a) + row.astype(a.dtype), 'batch', None, None, None)
+    step = np.arange(k) if packing is None else packing.step_index
+    tau = step // self.config.steps_per_latent + 1
+    before = _history_frames(self.config, cache, k) if packing is None else 0
+    row = self.tau_action(tau + self.config.history) + self.abs_action(tau + before)
+    row = row.astype(a.dtype)[..., None, :, :]
+    x = constrain(self.action_in(a) + row, 'batch', None, None, None)
     temb = self.time_out(jax.nn.silu(self.time_in(timestep_features(t, c.freq_dim))))
-    e9 = self.time_proj(jax.nn.silu(temb)).reshape(b, r, 9, c.width)
+    e9 = self.time_proj(jax.nn.silu(temb)).reshape(*t.shape, 9, c.width)
     token = self.tau_action(jnp.array([self.config.history]))
-    state = (self.state_in(state)[:, None] + token).astype(x.dtype)
-    rotation = Rotation.of(
-      axis_angles(np.arange(k, dtype=np.float64), c.head_dim // 2, 100.0).astype(np.float32)
-    )
+    state = self.state_in(state)
+    state = ((state[:, None] if packing is None else state) + token).astype(x.dtype)
+    angles = axis_angles(np.arange(k, dtype=np.float64), c.head_dim // 2, 100.0)
+    rotation = Rotation.of(angles.astype(np.float32))
+    if packing is not None:
+      rotation = Rotation(*(jnp.repeat(jnp.asarray(x)[step], r, axis=0) for x in rotation))
     mask = jnp.repeat(step_mask, r, axis=0)[:, None, None, :]
-    layer_caches = AnchorCache(
-      cache.k, cache.v, jnp.broadcast_to(cache.mask, (cache.k.shape[0], *cache.mask.shape))
+    ctx = _Context(e9, state, rotation, mask, packing)
+    layers = cache.k.shape[0]
+    each = jax.tree.map(
+      lambda x: jnp.broadcast_to(x, (layers, *x.shape)),
+      dataclasses.replace(cache, k=None, v=None),
     )
     x, _ = scan_blocks(
       self.blocks,
-      lambda block, x, kv: block(x, e9, state, rotation, mask, kv),
+      lambda block, x, kv: block(x, ctx, kv),
       x,
       self.config.remat,
-      xs=layer_caches,
+      xs=dataclasses.replace(each, k=cache.k, v=cache.v),
     )
-    shift, scale = (self.head_modulation[...][i] + temb[:, :, None] for i in (0, 1))
+    temb = temb[:, :, None] if packing is None else packing.steps(temb).swapaxes(1, 2)
+    shift, scale = (self.head_modulation[...][i] + temb for i in (0, 1))
     return self.head_out(jax.nn.gelu(self.head_in(modulate(x, shift, scale)), approximate=True))
 
 

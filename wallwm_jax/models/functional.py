@@ -22,7 +22,7 @@ from wallwm_jax.models.umt5 import UMT5Encoder
 from wallwm_jax.models.vae import WanVAE
 from wallwm_jax.models.video_dit import VideoMasks, VideoTower, graft_views
 from wallwm_jax.models.world_action import WorldAction
-from wallwm_jax.types import NormStats, Params, PRNGKey, Text
+from wallwm_jax.types import NormStats, Packing, Params, PRNGKey, Text
 
 __all__ = [
   'AnchorCache',
@@ -150,12 +150,17 @@ def window_tau(config: ModelConfig, window: str, frames: int) -> np.ndarray:
 
 
 def video_masks(
-  view_mask: Bool[Array, 'B V'], frame_mask: Bool[Array, 'B F'], sight=None
+  view_mask: Bool[Array, 'B V'],
+  frame_mask: Bool[Array, 'B F'],
+  sight=None,
+  packing: Packing | None = None,
 ) -> VideoMasks:
   """Which video tokens exist; sight [B, V, P, V, P] is the training-only co-visibility mask or
-  None.
+  None. With `packing`, cameras and sight are those of each event: [B, G, V], [B, G, V, P, V, P].
   """
-  return VideoMasks(view=view_mask, frame=frame_mask, sight=sight)
+  if packing is not None:
+    view_mask, sight = (x if x is None else packing.frames(x) for x in (view_mask, sight))
+  return VideoMasks(view=view_mask, frame=frame_mask, sight=sight, packing=packing)
 
 
 def empty_text(text: Text, null_text: Text | None) -> Text:
@@ -169,8 +174,8 @@ def condition_video(config: ModelConfig, z, t, known, known_mask):
   """Network inputs of a video whose frames `known_mask` are given.
 
   Args:
-    z: [B, V, F, h, w, C] noised latents at level t [B] (normalised); known: latents whose known
-      frames are clean.
+    z: [B, V, F, h, w, C] noised latents at level t [B] or [B, F] (normalised); known: latents
+      whose known frames are clean.
     known_mask: [F] or [B, F] bool.
 
   Returns:
@@ -181,7 +186,7 @@ def condition_video(config: ModelConfig, z, t, known, known_mask):
   b, _, f = z.shape[:3]
   known_mask = jnp.broadcast_to(jnp.asarray(known_mask), (b, f))
   cells = known_mask[:, None, :, None, None, None]
-  levels = jnp.broadcast_to(t[:, None], (b, f)).astype(jnp.float32)
+  levels = jnp.broadcast_to(t.reshape(b, -1), (b, f)).astype(jnp.float32)
   if config.video.conditioning == 'frame':
     return jnp.where(cells, known, z), jnp.where(known_mask, 0.0, levels)
   mask = jnp.broadcast_to(cells, (*z.shape[:-1], config.codec.temporal)).astype(z.dtype)
@@ -194,7 +199,8 @@ def video_forward(
   """One pass of the video tower.
 
   Args:
-    params: the 'video' subtree. z, t: as `condition_video` returns them.
+    params: the 'video' subtree. z, t: as `condition_video` returns them. text: of a
+      row [B, X, E], or of each event of packed rows [B, G, X, E].
 
   Returns:
     (prediction [B, V, F, h, w, C] float32, features after every block [L, B, V, F, P, D] in the
@@ -220,10 +226,11 @@ def action_forward(
   state: Float[Array, 'B A'],
   cache: AnchorCache,
   step_mask: Bool[Array, 'B K'],
+  packing: Packing | None = None,
 ):
   """Prediction [B, R, K, A] float32 for R noise draws against one cache; a, state normalised, t in
-  [0, 1].
+  [0, 1]. Packed rows have levels and a state per event: t [B, G, R], state [B, G, A].
   """
   return bind(ActionTower, config, params)(
-    a.astype(jnp.dtype(config.dtype)), t, state, cache, step_mask
+    a.astype(jnp.dtype(config.dtype)), t, state, cache, step_mask, packing
   )

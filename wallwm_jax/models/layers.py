@@ -127,18 +127,22 @@ class Attention(nnx.Module):
     """Keys (normalised, rotated) and values of x, each [..., S, heads, hd]."""
     return self._split(self.k_norm(self.k(x)), rotation), self._split(self.v(x))
 
-  def attend(self, q, k, v, mask=None):
-    """Output projection of attention; mask broadcasts to [B, heads, Sq, Sk], True = attend."""
-    out = dot_product_attention(q, k, v, mask=mask)
+  def attend(self, q, k, v, mask=None, segments=None):
+    """Output projection of attention; mask broadcasts to [B, heads, Sq, Sk], True = attend;
+    segments: [B, Sq] and [B, Sk] of packed rows.
+    """
+    out = dot_product_attention(q, k, v, mask=mask, segments=segments)
     return self.o(out.reshape(*out.shape[:-2], -1))
 
-  def __call__(self, x, context=None, *, mask=None, rotation: Rotation | None = None):
+  def __call__(
+    self, x, context=None, *, mask=None, rotation: Rotation | None = None, segments=None
+  ):
     k, v = self.keys_values(x if context is None else context, rotation)
-    if k.shape[-3] == 1 and mask is None:
+    if k.shape[-3] == 1 and mask is None and segments is None:
       # One token to attend to has weight 1 whatever the query: nothing depends on x but its shape.
       alone = self.o(v.reshape(*v.shape[:-2], -1))
       return jnp.broadcast_to(alone, (*x.shape[:-1], alone.shape[-1]))
-    return self.attend(self.queries(x, rotation), k, v, mask)
+    return self.attend(self.queries(x, rotation), k, v, mask, segments)
 
   def _split(self, x, rotation=None):
     x = x.reshape(*x.shape[:-1], self.heads, -1)

@@ -22,27 +22,34 @@ from wallwm_jax.models.layers import (
 from wallwm_jax.models.rope import Rotation, camera_angles, camera_pairs, video_angles
 from wallwm_jax.models.stack import scan_blocks, stack_blocks
 from wallwm_jax.parallel.constraints import constrain
-from wallwm_jax.types import Params, Text, pytree_dataclass
+from wallwm_jax.types import Packing, Params, Text, pytree_dataclass
 
 
 @pytree_dataclass
 class VideoMasks:
-  """Which tokens exist. view [B, V]; frame [B, F]; sight [B, V, P, V, P] co-visibility or None."""
+  """Which tokens exist. view [B, V]; frame [B, F]; sight [B, V, P, V, P] co-visibility or None.
+
+  packing: of packed rows, whose events do not see each other; view is [B, F, V] then, and sight
+  [B, F, V, P, V, P].
+  """
 
   view: jax.Array
   frame: jax.Array
   sight: jax.Array | None
+  packing: Packing | None = None
 
 
 class _Attend(NamedTuple):
   """Masks and rotations in the layouts the three attentions of a block need."""
 
-  self_mask: jax.Array  # [B*V, 1, 1, F*P]
-  self_rotation: Rotation  # [F*P, pairs]
+  self_mask: jax.Array | None  # [B*V, 1, 1, F*P]
+  self_segments: tuple | None  # twice [B*V, F*P]
+  self_rotation: Rotation  # [F*P, pairs] or [B*V, F*P, pairs]
   view_mask: jax.Array | None  # [B*F, 1, 1 or V*P, V*P]
   view_rotation: Rotation | None  # [B*F, V*P, pairs]
-  text: jax.Array  # [B, X, D]
-  text_mask: jax.Array  # [B, 1, 1, X]
+  text: jax.Array  # [B, X, D], X = G * X in packed rows
+  text_mask: jax.Array | None  # [B, 1, 1, X]
+  text_segments: tuple | None  # [B, V*F*P] and [B, X]
 
 
 class FeedForward(nnx.Module):
@@ -84,11 +91,14 @@ class VideoBlock(nnx.Module):
     m = (self.modulation[...] + e6)[:, None, :, :, None]  # [B, 1, F, 6, 1, D]
     shift, scale, gate, shift_ff, scale_ff, gate_ff = (m[:, :, :, i] for i in range(6))
     h = modulate(x, shift, scale, self.eps).reshape(b * v, f * p, d)
-    h = self.self_attn(h, mask=ctx.self_mask, rotation=ctx.self_rotation)
+    h = self.self_attn(
+      h, mask=ctx.self_mask, rotation=ctx.self_rotation, segments=ctx.self_segments
+    )
     x = x + (h.reshape(x.shape) * gate).astype(x.dtype)
     if hasattr(self, 'cross_view'):
       x = x + self._across_views(x, shift, scale, view_gate, ctx)
-    h = self.cross_attn(self.norm_cross(x).reshape(b, v * f * p, d), ctx.text, mask=ctx.text_mask)
+    h = self.norm_cross(x).reshape(b, v * f * p, d)
+    h = self.cross_attn(h, ctx.text, mask=ctx.text_mask, segments=ctx.text_segments)
     x = x + h.reshape(x.shape).astype(x.dtype)
     h = self.ffn(modulate(x, shift_ff, scale_ff, self.eps))
     x = x + (h * gate_ff).astype(x.dtype)
@@ -131,7 +141,7 @@ class VideoTower(nnx.Module):
 
   def __call__(self, z, t, text: Text, masks: VideoMasks):
     """z [B, V, F, h, w, C'], t [B, F] in [0, 1] -> (prediction [B, V, F, h, w, C], features [L, B,
-    V, F, P, D]).
+    V, F, P, D]). Packed rows have a text per event, [B, G, X, E].
     """
     c = self.config.video
     b, v, f, h, w, _ = z.shape
@@ -147,7 +157,7 @@ class VideoTower(nnx.Module):
     if c.prediction == 'x' and c.conditioning == 'frame':
       # A scene mostly stays as it is: the network regresses what changes since the last given
       # frame.
-      out = out + _last_given(z.astype(jnp.float32), t)
+      out = out + _last_given(z.astype(jnp.float32), t, masks.packing)
     return out, features
 
   def embed_time(self, t):
@@ -157,7 +167,7 @@ class VideoTower(nnx.Module):
     return temb, self.time_proj(jax.nn.silu(temb)).reshape(*t.shape, 6, c.width)
 
   def _context(self, x, grid, text: Text, masks: VideoMasks) -> _Attend:
-    c = self.config.video
+    c, packing = self.config.video, masks.packing
     b, v, f, p, _ = x.shape
     frames = np.arange(f)
     view_mask, view_rotation = None, None
@@ -165,20 +175,37 @@ class VideoTower(nnx.Module):
       table = camera_angles(
         frames, grid, self.view_embed.embedding[...][:v], c.head_dim, c.rope_theta
       )
-      tiled = jnp.broadcast_to(table, (b, *table.shape)).reshape(b * f, v * p, -1)
-      view_rotation = Rotation.of(tiled)
-      seen = jnp.broadcast_to(masks.view[:, None, None, :, None], (b, 1, 1, v, p)).reshape(
-        b, 1, v * p
+      tiled = jnp.broadcast_to(table, (b, *table.shape)) if packing is None else (
+        table[packing.frame_index]
       )
+      view_rotation = Rotation.of(tiled.reshape(b * f, v * p, -1))
+      views = masks.view.reshape(b, -1, 1, v, 1)  # of the row, or of each frame
+      seen = jnp.broadcast_to(views, (*views.shape[:4], p)).reshape(b, -1, 1, v * p)
       if masks.sight is not None:
-        seen = seen & masks.sight.reshape(b, v * p, v * p)
-      view_mask = jnp.broadcast_to(seen[:, None], (b, f, *seen.shape[1:])).reshape(
-        b * f, 1, *seen.shape[1:]
+        seen = seen & masks.sight.reshape(b, -1, v * p, v * p)
+      view_mask = jnp.broadcast_to(seen, (b, f, *seen.shape[2:])).reshape(
+        b * f, 1, *seen.shape[2:]
       )
-    own = jnp.broadcast_to(masks.frame[:, None, :, None], (b, v, f, p)).reshape(b * v, 1, 1, f * p)
     embedded = self.text_out(jax.nn.gelu(self.text_in(text.features), approximate=True))
-    rotation = Rotation.of(video_angles(frames, grid, c.head_dim, c.rope_theta))
-    return _Attend(own, rotation, view_mask, view_rotation, embedded, text.mask[:, None, None, :])
+    angles = video_angles(frames, grid, c.head_dim, c.rope_theta)
+    if packing is None:
+      own = jnp.broadcast_to(masks.frame[:, None, :, None], (b, v, f, p))
+      return _Attend(
+        own.reshape(b * v, 1, 1, f * p), None, Rotation.of(angles), view_mask, view_rotation,
+        embedded, text.mask[:, None, None, :], None,
+      )  # fmt: skip
+    event = jnp.broadcast_to(packing.frame_event[:, None, :, None], (b, v, f, p))
+    own = event.reshape(b * v, f * p)
+    table = Rotation.of(angles.reshape(f, p, -1))
+    rotation = Rotation(*(
+      jnp.repeat(jnp.asarray(x)[packing.frame_index].reshape(b, f * p, -1), v, axis=0)
+      for x in table
+    ))  # fmt: skip
+    told = jnp.where(text.mask, jnp.arange(1, text.mask.shape[1] + 1)[:, None], 0).reshape(b, -1)
+    return _Attend(
+      None, (own, own), rotation, view_mask, view_rotation,
+      embedded.reshape(b, -1, c.width), None, (event.reshape(b, -1), told),
+    )  # fmt: skip
 
 
 class VideoHead(nnx.Module):
@@ -214,10 +241,16 @@ def graft_views(public: Params, fresh: Params) -> Params:
   return fresh | public | {'blocks': blocks | {'cross_view': blocks['cross_view'] | own}}
 
 
-def _last_given(z, t):
-  """The last clean frame (level 0) of each sample, [B, V, 1, h, w, C]; zeros where none is
-  clean.
+def _last_given(z, t, packing: Packing | None):
+  """The last clean frame (level 0) of each sample, [B, V, 1, h, w, C], or of the event of each
+  frame, [B, V, F, h, w, C]; zeros where none is clean.
   """
+  if packing is not None:
+    event, place = packing.frame_event, jnp.arange(t.shape[1])
+    given = (t <= 0)[:, None] & (event[:, :, None] == event[:, None])  # [B, F, F]
+    last = jnp.max(jnp.where(given, place, -1), -1)[:, None, :, None, None, None]
+    frames = jnp.take_along_axis(z, jnp.maximum(last, 0), axis=2)
+    return jnp.where(last >= 0, frames, 0.0)
   given = jnp.sum(t <= 0, axis=1)
   index = jnp.maximum(given - 1, 0)[:, None, None, None, None, None]
   frame = jnp.take_along_axis(z, index, axis=2)
