@@ -28,14 +28,14 @@ def dct_matrix(size: int) -> np.ndarray:
   return scipy.fft.dct(np.eye(size), axis=0, norm='ortho').astype(np.float32)
 
 
-def dct_action_loss(prediction, target, mask, t):
+def dct_action_loss(prediction, target, mask, t, exists=None):
   """(1 - t)^2 * sum_j exp(-j / (K/4)) ||DCT(prediction)_j - DCT(target)_j||^2, mean over draws and
   channels.
 
   Args:
     prediction, target: x_0 estimate and truth, [B, R, K, A] and broadcastable.
     mask: [B, R, K, A] or broadcastable; masked steps contribute no difference.
-    t: [B, R] noise level in [0, 1].
+    t: [B, R] noise level in [0, 1]. exists: [B], samples that the mean is over; None = all.
 
   Source: WALL-WM (arXiv 2606.01955), Type-II DCT loss.
   """
@@ -44,4 +44,5 @@ def dct_action_loss(prediction, target, mask, t):
   spectrum = jnp.einsum('jk,brka->brja', dct_matrix(steps), difference)
   decay = jnp.exp(-jnp.arange(steps) / (steps / 4.0))
   per_draw = jnp.einsum('j,brja->br', decay, jnp.square(spectrum)) / difference.shape[-1]
-  return jnp.mean(jnp.square(1.0 - t) * per_draw)
+  loss = jnp.square(1.0 - t) * per_draw
+  return jnp.mean(loss) if exists is None else masked_mean(loss, exists[:, None])

@@ -18,6 +18,7 @@ import scipy.fft
 from jaxtyping import Array, Float, UInt8
 
 from wallwm_jax.config import CodecConfig
+from wallwm_jax.types import Packing
 
 # Luma, red-green, and yellow-blue axes; rows orthonormal.
 _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]], np.float64)
@@ -56,9 +57,31 @@ def encode(config: CodecConfig, frames: UInt8[Array, 'B V T H W 3']) -> Float[Ar
       f'codec.encode: expected 1 + {r}N frames and sizes in multiples of {s}, got T={t}, '
       f'H={height}, W={width}. Cut or pad the clip first.'
     )
+  first = jnp.repeat(frames[:, :, :1], r, axis=2)
+  return _encode_blocks(config, jnp.concatenate([first, frames[:, :, 1:]], axis=2))
+
+
+def encode_rows(
+  config: CodecConfig, frames: UInt8[Array, 'B V T H W 3'], packing: Packing
+) -> Float[Array, 'B V F h w C']:
+  """`encode` of packed rows: every event's 1 + 4N frames on their own. Padding is coded as well."""
+  r = config.temporal
+  # An event has r - 1 frames less than r times its latents: where its latent f ends in the row.
+  latent = jnp.arange(packing.frame_event.shape[1])
+  last = r * latent - (r - 1) * (packing.frame_event - 1)
+  back = jnp.where(packing.frame_index[..., None] > 0, jnp.arange(1 - r, 1), 0)
+  index = jnp.clip(last[..., None] + back, 0, frames.shape[2] - 1).reshape(len(frames), -1)
+  return _encode_blocks(
+    config, jnp.take_along_axis(frames, index[:, None, :, None, None, None], axis=2)
+  )
+
+
+def _encode_blocks(config: CodecConfig, frames):
+  """Latents of uint8 [B, V, F * temporal, H, W, 3], each of a block of its own."""
+  b, v, t, height, width, _ = frames.shape
+  r, s = config.temporal, config.spatial
   x = frames.astype(jnp.float32) / 127.5 - 1.0
-  x = jnp.concatenate([jnp.repeat(x[:, :, :1], r, axis=2), x[:, :, 1:]], axis=2)
-  x = x.reshape(b, v, (t - 1) // r + 1, r, height // s, s, width // s, s, 3)
+  x = x.reshape(b, v, t // r, r, height // s, s, width // s, s, 3)
   x = x.transpose(0, 1, 2, 4, 6, 3, 5, 7, 8).reshape(*x.shape[:3], height // s, width // s, -1)
   return x @ dct_basis(config)
 

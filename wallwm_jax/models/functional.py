@@ -22,7 +22,7 @@ from wallwm_jax.models.umt5 import UMT5Encoder
 from wallwm_jax.models.vae import WanVAE
 from wallwm_jax.models.video_dit import VideoMasks, VideoTower, graft_views
 from wallwm_jax.models.world_action import WorldAction
-from wallwm_jax.types import NormStats, Packing, Params, PRNGKey, Text
+from wallwm_jax.types import ConfigError, NormStats, Packing, Params, PRNGKey, Text
 
 __all__ = [
   'AnchorCache',
@@ -33,6 +33,7 @@ __all__ = [
   'decode_video',
   'empty_text',
   'denormalise_latents',
+  'encode_rows',
   'encode_tokens',
   'encode_video',
   'init_codec',
@@ -104,6 +105,22 @@ def encode_video(
   pixels = jnp.moveaxis(frames, 1, 0)
   latents = jax.lax.map(lambda x: encode(x.astype(jnp.float32) / 127.5 - 1.0), pixels)
   return jnp.moveaxis(latents, 0, 1)
+
+
+def encode_rows(
+  config: ModelConfig, frames: UInt8[Array, 'B V T H W 3'], packing: Packing
+) -> Float[Array, 'B V F h w C']:
+  """Unnormalised latents of packed rows of frames, each event coded on its own.
+
+  Raises:
+    ConfigError: a codec that would have to run once for every event that a row has room for.
+  """
+  if config.codec.kind != 'dct':
+    raise ConfigError(
+      f"data.pack: packed rows of frames need model.codec.kind='dct', got {config.codec.kind!r}. "
+      'Precompute latents with `wallwm data encode` and set data.latents.'
+    )
+  return dct.encode_rows(config.codec, frames, packing)
 
 
 def decode_video(

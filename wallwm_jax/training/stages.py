@@ -32,6 +32,8 @@ from wallwm_jax.types import (
     EventBatch,
     Frozen,
     LanguageBatch,
+    PackedBatch,
+    Packing,
     Params,
     PRNGKey,
     Text,
@@ -132,47 +134,70 @@ class Tube:
 class Clip:
   """The latent side of a batch.
 
-  latents: z0 [B, V, F, h, w, C] float32, normalised. known: [F], True on conditioning frames.
-  supervised: [B, V, F, h, w, 1], True where the video loss looks.
-  view_mask [B, V], frame_mask [B, F]: which tokens exist.
+  latents: z0 [B, V, F, h, w, C] float32, normalised. known: [F], in packed rows [B, F], True on
+  conditioning frames. supervised: [B, V, F, h, w, 1], True where the video loss looks.
+  view_mask [B, V] or [B, G, V], frame_mask [B, F]: which tokens exist. packing: of packed rows.
   """
 
   latents: Float[Array, "B V F h w C"]
-  known: Bool[Array, "F"]
+  known: Bool[Array, "*B F"]
   supervised: Bool[Array, "B V F h w 1"]
   view_mask: Bool[Array, "B V"]
   frame_mask: Bool[Array, "B F"]
+  packing: Packing | None = None
+
+  def frames(self, x):
+    """What belongs to events, [B, ...] or [B, G, ...], for every frame: [B, 1 or F, ...]."""
+    return x[:, None] if self.packing is None else self.packing.frames(x)
+
+  def masks(self, sight=None) -> functional.VideoMasks:
+    return functional.video_masks(self.view_mask, self.frame_mask, sight, self.packing)
 
 
-def encode_clip(batch: EventBatch, frozen: Frozen, config: ExperimentConfig) -> Clip:
+def packing_of(batch: EventBatch | PackedBatch) -> Packing | None:
+  """Which event of a row is where; None where a row is one event."""
+  if isinstance(batch, EventBatch):
+    return None
+  return Packing(batch.segment, batch.position, batch.step_segment, batch.step_position)
+
+
+def encode_clip(batch: EventBatch | PackedBatch, frozen: Frozen, config: ExperimentConfig) -> Clip:
   """Latents of a batch (its own where it brings them) with everything that must stay out of the
   loss marked.
 
   Conditioning frames (the first latent frame, or history and anchor of a chunk window), frames
   beyond num_frames, absent views and latent cells touching a border pixel are unsupervised.
   """
-  model = config.model
+  model, packing = config.model, packing_of(batch)
   latents = batch.latents
-  if latents is None:
+  if latents is None and packing is None:
     latents = functional.encode_video(model, batch.frames, frozen.codec)
+  elif latents is None:
+    latents = functional.encode_rows(model, batch.frames, packing)
   latents = functional.normalise_latents(latents, frozen.norm)
-  index = jnp.arange(latents.shape[2])
-  history = model.history if config.data.window == 'chunk' else 0
-  known = index <= history
-  frame_mask = index < 1 + (batch.num_frames[:, None] - 1) // model.codec.temporal
+  if packing is None:
+    index = jnp.arange(latents.shape[2])
+    known = index <= (model.history if config.data.window == 'chunk' else 0)
+    frame_mask = index < 1 + (batch.num_frames[:, None] - 1) // model.codec.temporal
+  else:
+    known, frame_mask = batch.anchor, batch.segment > 0
+  clip = Clip(latents, known, None, batch.view_mask, frame_mask, packing)
   s, (h, w) = model.codec.spatial, model.latent_size
-  clean = batch.pixel_mask.reshape(*batch.view_mask.shape, h, s, w, s).all((3, 5))
-  supervised = ((frame_mask & ~known)[:, None, :, None, None]
-                & batch.view_mask[:, :, None, None, None] & clean[:, :, None])
-  return Clip(latents, known, supervised[..., None], batch.view_mask, frame_mask)
+  clean = batch.pixel_mask.reshape(*batch.view_mask.shape, h, s, w, s).all((-3, -1))
+  visible = clip.frames(batch.view_mask[..., None, None] & clean).swapaxes(1, 2)
+  supervised = (frame_mask & ~known)[:, None, :, None, None] & visible
+  return dataclasses.replace(clip, supervised=supervised[..., None])
 
 
 def noise_clip(
-    clip: Clip, eps: Array, sigma: Float[Array, "B"], config: ExperimentConfig,
+    clip: Clip, eps: Array, sigma: Float[Array, "*B"], config: ExperimentConfig,
     tube: Tube | None = None
 ) -> tuple[Array, Float[Array, "B F"]]:
-  """`functional.condition_video` of a clip at noise level sigma, its tubes replaced by noise."""
-  noised, known = flow.add_noise(clip.latents, eps, sigma), clip.latents
+  """`functional.condition_video` of a clip at a noise level for each event, its tubes replaced by
+  noise.
+  """
+  sigma = clip.frames(sigma)
+  noised, known = flow.add_noise(clip.latents, eps, sigma[:, None]), clip.latents
   if tube is not None:
     noised = jnp.where(tube.cells, eps, noised)
     known = jnp.where(tube.cells & tube.hides_known, eps, known)
@@ -180,15 +205,16 @@ def noise_clip(
 
 
 def stage_loss(
-    params: Params, batch: EventBatch | LanguageBatch, frozen: Frozen, key: PRNGKey, *,
-    config: ExperimentConfig
+    params: Params, batch: EventBatch | PackedBatch | LanguageBatch, frozen: Frozen, key: PRNGKey,
+    *, config: ExperimentConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Loss of one batch under the config's stage, and its parts.
 
   Args:
     params: the full parameter tree; which leaves are differentiated is the caller's choice.
-    batch: one EventBatch, a LanguageBatch in the stages of the language side; frozen: all that the
-      stage reads and does not train.
+    batch: one EventBatch, or a PackedBatch, whose events each have noise levels of their own; a
+      LanguageBatch in the stages of the language side. frozen: all that the stage reads and does
+      not train.
     key: this step's key. Streams are derived from it by name, so no draw depends on another.
 
   Returns:
@@ -215,7 +241,7 @@ def stage_loss(
 
 
 def _anchored_losses(params, batch, clip, text, key, spec, config) -> dict[str, Array]:
-  diffusion, samples = config.diffusion, clip.view_mask.shape[:1]
+  diffusion, samples = config.diffusion, clip.view_mask.shape[:-1]
   parts = {}
   if 'video' in spec.losses:
     sigma = schedules.sample_sigma(stream(key, 'video_sigma'), samples, diffusion.shift)
@@ -230,28 +256,31 @@ def _anchored_losses(params, batch, clip, text, key, spec, config) -> dict[str, 
 
 
 def _symmetric_losses(params, batch, clip, text, key, spec, config) -> dict[str, Array]:
-  samples = clip.view_mask.shape[:1]
+  samples = clip.view_mask.shape[:-1]
   sigma = schedules.sample_sigma(stream(key, 'video_sigma'), samples, config.diffusion.shift)
   video, features = _video_pass(
       params, batch, clip, text, sigma, stream(key, 'video'), config)
   parts = video if 'video' in spec.losses else {}
   if 'action' in spec.losses:
-    features, levels = _frozen_unless_trained(features, config), sigma[:, None]
+    features, levels = _frozen_unless_trained(features, config), sigma[..., None]
     parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
   return parts
 
 
 def _video_pass(params, batch, clip, text: Text, sigma, key, config: ExperimentConfig):
-  """One video forward at levels sigma [B], training-only masks on: ({'loss_video'}, features)."""
+  """One video forward at levels sigma, one for each event, training-only masks on:
+  ({'loss_video'}, features).
+  """
   diffusion, model = config.diffusion, config.model
   eps = unit_noise(stream(key, 'eps'), clip.latents.shape)
   sight = _sight(batch, config)
   tube = _tube(stream(key, 'tube'), sight, clip, config)
   noised, t = noise_clip(clip, eps, sigma, config, tube)
   sight = sight if diffusion.sight_cone else None
-  masks = functional.video_masks(clip.view_mask, clip.frame_mask, sight)
-  out, features = functional.video_forward(params['video'], model, noised, t, text, masks)
-  weight = flow.expand(noise_weight(sigma, diffusion.weighting), clip.latents)
+  out, features = functional.video_forward(
+      params['video'], model, noised, t, text, clip.masks(sight))
+  weight = noise_weight(clip.frames(sigma)[:, None], diffusion.weighting)
+  weight = flow.expand(weight, clip.latents)
   if tube is not None:
     weight = weight * jnp.where(tube.cells, diffusion.tube_weight, 1.0)
   target = flow.target(clip.latents, eps, model.video.prediction)
@@ -262,12 +291,11 @@ def _anchor_features(params, batch, clip, key, config: ExperimentConfig):
   """Features of the video forward at the (jittered) anchor level, as a rollout computes them: the
   full caption and no geometric mask."""
   eps = unit_noise(stream(key, 'eps'), clip.latents.shape)
-  samples = clip.view_mask.shape[:1]
+  samples = clip.view_mask.shape[:-1]
   sigma = schedules.sample_anchor_sigma(stream(key, 'sigma'), samples, config.diffusion)
   noised, t = noise_clip(clip, eps, sigma, config)
-  masks = functional.video_masks(clip.view_mask, clip.frame_mask)
   return functional.video_forward(
-      params['video'], config.model, noised, t, batch.text, masks)[1]
+      params['video'], config.model, noised, t, batch.text, clip.masks())[1]
 
 
 def _frozen_unless_trained(features, config: ExperimentConfig):
@@ -277,26 +305,48 @@ def _frozen_unless_trained(features, config: ExperimentConfig):
 
 
 def _action_losses(params, batch, clip, features, levels, key, config) -> dict[str, Array]:
-  """L_A = mean_k w(t_k) ||yhat_k - y_k||^2 over levels t [B, R] sharing one cache; the DCT loss."""
+  """L_A = mean_k w(t_k) ||yhat_k - y_k||^2 over levels t [B, R] (packed: [B, G, R]) sharing one
+  cache; the DCT loss.
+  """
   model, diffusion, action = config.model, config.diffusion, params['action']
-  masks = functional.video_masks(clip.view_mask, clip.frame_mask)
-  tau = functional.window_tau(model, config.data.window, clip.known.shape[0])
-  cache = functional.prefill_actions(action, model, features, tau, masks)
-  mask = batch.action_mask[:, None]
+  tau = functional.window_tau(model, config.data.window, clip.latents.shape[2])
+  cache = functional.prefill_actions(action, model, features, tau, clip.masks())
+  mask, draws = batch.action_mask[:, None], levels.shape[-1]
   clean = jnp.where(mask, batch.actions[:, None], 0.0)
-  clean = jnp.broadcast_to(clean, (*levels.shape, *batch.actions.shape[1:]))
+  clean = jnp.broadcast_to(clean, (len(clean), draws, *clean.shape[2:]))
   eps = unit_noise(stream(key, 'eps'), clean.shape)
-  noised = flow.add_noise(clean, eps, levels)
+  packing = clip.packing
+  t = levels if packing is None else packing.steps(levels).swapaxes(1, 2)  # [B, R] or [B, R, K]
+  noised = flow.add_noise(clean, eps, t)
   steps = batch.action_mask.any(-1)
-  out = functional.action_forward(action, model, noised, levels, batch.state, cache, steps)
+  out = functional.action_forward(
+      action, model, noised, levels, batch.state, cache, steps, packing)
   target = flow.target(clean, eps, model.action.prediction)
-  weight = flow.expand(noise_weight(levels, diffusion.weighting), clean)
+  weight = flow.expand(noise_weight(t, diffusion.weighting), clean)
   parts = {'loss_action': weighted_mse(out, target, mask, weight)}
   if diffusion.dct_weight > 0:
-    estimate = flow.to_x0(out, noised, levels, model.action.prediction)
-    dct = losses.dct_action_loss(estimate, clean, mask, levels)
+    estimate = flow.to_x0(out, noised, t, model.action.prediction)
+    exists = None
+    if packing is not None:
+      longest = model.steps_per_latent * config.data.buckets[-1]
+      mask = jnp.broadcast_to(mask, clean.shape)
+      estimate, clean, mask = (_by_event(x, batch, longest) for x in (estimate, clean, mask))
+      levels, exists = (x.reshape(-1, *x.shape[2:]) for x in (levels, batch.event_mask))
+    dct = losses.dct_action_loss(estimate, clean, mask, levels, exists)
     parts['loss_dct'] = diffusion.dct_weight * dct
   return parts
+
+
+def _by_event(x: Array, batch: PackedBatch, longest: int) -> Array:
+  """Steps of packed rows [B, R, K, A] event by event, [B * G, R, longest, A], padded with zeros."""
+  events = jnp.arange(1, batch.event_mask.shape[1] + 1)
+  own = batch.step_segment[:, None] == events[:, None]  # [B, G, K]
+  index = jnp.argmax(own, -1)[..., None] + jnp.arange(longest)  # [B, G, longest]
+  inside = jnp.arange(longest) < own.sum(-1, keepdims=True)
+  index = jnp.minimum(index, x.shape[2] - 1).reshape(len(x), 1, -1, 1)
+  x = jnp.take_along_axis(x, index, axis=2).reshape(*x.shape[:2], *inside.shape[1:], -1)
+  x = jnp.where(inside[:, None, ..., None], x, 0).swapaxes(1, 2)
+  return x.reshape(-1, *x.shape[2:])
 
 
 def weighted_mse(out, target, mask, weight) -> Float[Array, ""]:
@@ -319,8 +369,8 @@ def drop_captions(key: PRNGKey, text: Text, null_text: Text | None, raw_length, 
   drop = jax.random.uniform(key, raw_length.shape) < schedules.caption_drop_rate(raw_length, ramp)
   empty = functional.empty_text(text, null_text)
   return Text(
-      jnp.where(drop[:, None, None], empty.features, text.features),
-      jnp.where(drop[:, None], empty.mask, text.mask))
+      jnp.where(drop[..., None, None], empty.features, text.features),
+      jnp.where(drop[..., None], empty.mask, text.mask))
 
 
 def stream(key: PRNGKey, name: str) -> PRNGKey:
@@ -341,14 +391,19 @@ def _patch_grid(config: ExperimentConfig) -> tuple[int, int]:
   return h // ph, w // pw
 
 
-def _sight(batch: EventBatch, config: ExperimentConfig):
-  """Co-visibility [B, V, P, V, P] of the batch, or None where nothing in the config reads it."""
+def _sight(batch: EventBatch | PackedBatch, config: ExperimentConfig):
+  """Co-visibility of the batch's cameras [B, V, P, V, P], packed [B, G, V, P, V, P], or None where
+  nothing in the config reads it.
+  """
   diffusion = config.diffusion
   if not diffusion.sight_cone and diffusion.tube_prob == 0:
     return None
+  events = batch.view_mask.shape[:-1]
+  cameras = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(events):]), batch.cameras)
   cones = sight_cone.patch_cones(
-      batch.cameras, config.model.image_size, _patch_grid(config), diffusion.cone_slack)
-  return sight_cone.sight_cone_mask(cones, *diffusion.cone_depth)
+      cameras, config.model.image_size, _patch_grid(config), diffusion.cone_slack)
+  sight = sight_cone.sight_cone_mask(cones, *diffusion.cone_depth)
+  return sight.reshape(*events, *sight.shape[1:])
 
 
 def _tube(key: PRNGKey, sight, clip: Clip, config: ExperimentConfig) -> Tube | None:
@@ -356,11 +411,13 @@ def _tube(key: PRNGKey, sight, clip: Clip, config: ExperimentConfig) -> Tube | N
   diffusion, present = config.diffusion, clip.view_mask
   if diffusion.tube_prob == 0:
     return None
-  seen = sight & present[:, :, None, None, None] & present[:, None, None, :, None]
+  seen = sight & present[..., :, None, None, None] & present[..., None, None, :, None]
   grid, (_, ph, pw) = _patch_grid(config), config.model.video.patch
   patches = tube_mask.sample_tube(
-      stream(key, 'window'), seen, grid, diffusion.tube_size, diffusion.tube_prob)
-  cells = patches.reshape(*present.shape, 1, *grid).repeat(ph, axis=-2).repeat(pw, axis=-1)
+      stream(key, 'window'), seen.reshape(-1, *seen.shape[-4:]), grid, diffusion.tube_size,
+      diffusion.tube_prob)
+  cells = patches.reshape(*present.shape, *grid).repeat(ph, axis=-2).repeat(pw, axis=-1)
+  cells = clip.frames(cells).swapaxes(1, 2)[..., None]
   nested = jax.random.bernoulli(
-      stream(key, 'condition'), diffusion.tube_cond_prob, (present.shape[0], 1, 1, 1, 1, 1))
-  return Tube(cells[..., None], nested)
+      stream(key, 'condition'), diffusion.tube_cond_prob, present.shape[:-1])
+  return Tube(cells, flow.expand(clip.frames(nested)[:, None], cells))
