@@ -10,6 +10,7 @@ Axis letters used in every docstring of the project:
   E  text feature width         S  tokens of a sequence       J  key/value tokens, J = V * F * P
   Z  latent reasoning states    Y  tokens of an answer        M  tokens of a reasoning trace
   I  captions of a table        U  vocabulary
+  G  most events of a packed row
 
 Units: positions m, rotations as the first two columns of the rotation matrix (6D), gripper 0
 (closed) to 1 (open), times in frames unless a name says `_s`.
@@ -211,6 +212,47 @@ class EventBatch:
   cameras: Cameras
   uid: Int[Array, 'B 2']
   latents: Float[Array, 'B V F h w C'] | None = None
+  prompt: Prompt | None = None
+
+
+@pytree_dataclass
+class PackedBatch:
+  """One training batch whose rows hold several events each, one behind the other.
+
+  Latent frames, action steps and raw frames of a row each name their event by a segment, int32
+  1..G in the same numbering for all of them, 0 = padding; attention joins only what lies in one
+  segment. Event g of a row has segment g + 1, 1 + n latent frames, 1 + 4n raw frames and 4n steps.
+
+  latents: [B, V, F, h, w, C] float32, the codec's unnormalised latents, F the budget; None where
+  there are frames: [B, V, T, H, W, 3] uint8 with frame_segment [B, T], each event's on its own
+  anchor. segment: [B, F]; position: [B, F] int32, restarts in every event, 0 = anchor; anchor:
+  [B, F], True on the anchors.
+  actions, action_mask: [B, K, A] as in EventBatch, relative to the anchor of their own event;
+  step_segment, step_position: [B, K] int32.
+  Per event: event_mask [B, G], num_latents [B, G] its n, raw_length [B, G], state [B, G, A], text
+  [B, G, X, E], view_mask [B, G, V], pixel_mask [B, G, V, H, W], cameras [B, G, V, ...],
+  uid [B, G, 2], prompt [B, G, S], all as in EventBatch; zeros behind the last event.
+  """
+
+  frames: UInt8[Array, 'B V T H W 3'] | None
+  frame_segment: Int[Array, 'B T'] | None
+  latents: Float[Array, 'B V F h w C'] | None
+  segment: Int[Array, 'B F']
+  position: Int[Array, 'B F']
+  anchor: Bool[Array, 'B F']
+  actions: Float[Array, 'B K A']
+  action_mask: Bool[Array, 'B K A']
+  step_segment: Int[Array, 'B K']
+  step_position: Int[Array, 'B K']
+  event_mask: Bool[Array, 'B G']
+  num_latents: Int[Array, 'B G']
+  raw_length: Int[Array, 'B G']
+  state: Float[Array, 'B G A']
+  text: Text
+  view_mask: Bool[Array, 'B G V']
+  pixel_mask: Bool[Array, 'B G V H W']
+  cameras: Cameras
+  uid: Int[Array, 'B G 2']
   prompt: Prompt | None = None
 
 
