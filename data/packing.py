@@ -27,8 +27,8 @@ _PER_EVENT = (
 
 
 class PackedBlock(NamedTuple):
-  """The rows of a block: row i holds events[ends[i - 1] : ends[i]], positions in the plan, which are
-  draws[...] of the stream."""
+  """The rows of a block: row i ends before ends[i] in events (positions in the plan) and draws (the
+  numbers of the draws that picked them)."""
 
   ends: np.ndarray
   events: np.ndarray

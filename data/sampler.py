@@ -264,8 +264,8 @@ def _rounding_tree(
   A level is (its inner nodes, the number of their first child, share of each left child as a
   multiple of 2**-32, uint64); children of a level are numbered in turn, the root is 0.
   """
-  # Cells of like mass lie together, so that halves are nearly equal and no cell strays by more than
-  # a draw; but only within runs of cells, so that groups of them (clusters, sources) stay close too.
+  # Cells of like mass lie together, so that halves are nearly equal and no cell strays by more
+  # than a draw; but only within runs, so that groups of cells (clusters, sources) stay close too.
   run = np.arange(len(mass)) // _RUN
   ties = mix64_array(np.arange(len(mass), dtype=np.uint64) ^ np.uint64(key))
   order = np.lexsort((ties, np.where(run % 2, -mass, mass), run))
