@@ -17,7 +17,7 @@ import numpy as np
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import pipeline, traces
 from wallwm_jax.data.captions import CaptionTable, EncodeText
-from wallwm_jax.data.sampler import mix64
+from wallwm_jax.data.permutation import mix64
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import Draw, WindowReader, event_captions
 from wallwm_jax.types import ConfigError, LanguageBatch, NormStats, Prompt
@@ -56,11 +56,11 @@ def make_moments(
     ConfigError: the store does not fit the config, has no event to plan in its split, or texts are
       longer than the config allows.
   """
-  draws = pipeline.PlanSource(store, config, process_count, moments=plan_events(store, config))
+  source = pipeline.PlanSource(store, config, process_count, moments=plan_events(store, config))
   reader = make_moment_reader(config, store, norm, encode_text, texts)
-  plan = pipeline.fingerprint(config, store)
-  plan |= {'moments': config.train.stage == 'vlm', 'phrasing': config.data.phrasing}
-  return pipeline.open_stream(config, draws, reader, plan, process_index, process_count)
+  depends = {'moments': config.train.stage == 'vlm', 'phrasing': config.data.phrasing}
+  plan = pipeline.fingerprint(config, store, source) | depends
+  return pipeline.open_stream(config, source, reader, plan, process_index, process_count)
 
 
 def make_moment_reader(

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -16,26 +17,45 @@ from absl import flags
 from wallwm_jax.config import ExperimentConfig, nearest
 from wallwm_jax.data.captions import CaptionTable, EncodeText
 from wallwm_jax.data.latents import LatentStore
-from wallwm_jax.data.sampler import EventPlan, assign_buckets
+from wallwm_jax.data.packing import PackedPlan
+from wallwm_jax.data.permutation import fold, mix64
+from wallwm_jax.data.sampler import (
+  BatchPlan,
+  EventPlan,
+  assign_buckets,
+  cell_mass,
+  count_latents,
+  label_weights,
+)
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import (
   Draw,
   EncodePrompts,
   Instructions,
   WindowReader,
-  event_captions,
+  caption_rows,
+  text_codes,
 )
-from wallwm_jax.types import CheckpointError, ConfigError, EventBatch, LanguageBatch, NormStats
+from wallwm_jax.types import (
+  CheckpointError,
+  ConfigError,
+  EventBatch,
+  LanguageBatch,
+  NormStats,
+  PackedBatch,
+)
+
+Batch = EventBatch | LanguageBatch | PackedBatch
 
 _ENDLESS = 2**60  # elements of the training stream
+_WINDOWS, _PACKED, _ROWS = range(100, 103)  # purposes of random numbers, none of the sampler's
 
 
 class PlanSource:
-  """The plan as a random-access sequence of Draws, for grain.MapDataset.source.
+  """The plan as a random-access sequence of Draws, for grain.MapDataset.source: one event per row,
+  every batch of one length bucket.
 
-  Element i belongs to batch i // batch_size. Hosts take every process_count-th element of a batch;
-  slots are dealt so that host h receives the contiguous slots h * batch_size / process_count
-  onwards, as a sharded global array expects.
+  Element i belongs to batch i // batch_size; see `deal` for its slot.
 
   Args:
     moments: rows of the event index whose single frames are drawn, in bucket 0, in every other
@@ -52,52 +72,129 @@ class PlanSource:
     data = config.data
     self._batch_size, self._process_count = data.batch_size, process_count
     self._start, self._end = store.column('start'), store.column('end')
-    self._moments = moments is not None
+    self._moments, self._key = moments is not None, fold(data.seed, _WINDOWS)
     self._inside = self._moments or data.window == 'chunk'
     if moments is None:
-      self._events, self._futures = split_events(store, config), data.buckets
-      buckets = event_buckets(store, config)[self._events]
+      events, self._futures = split_events(store, config), data.buckets
+      buckets = event_buckets(store, config)[events]
     else:
-      self._events, self._futures, buckets = moments, (0,), np.zeros(len(moments), np.int64)
-    labels = store.column('label')[self._events]
-    self._plan = EventPlan(labels, buckets, data.batch_size, data.balance, data.seed)
+      events, self._futures, buckets = moments, (0,), np.zeros(len(moments), np.int64)
+    weights, cells = balance_events(store, config, events)
+    self._events = events.astype(np.int32)
+    self._plan = BatchPlan(weights, cells, buckets, data.batch_size, data.seed)
 
   def __len__(self) -> int:
     return _ENDLESS
 
   def __getitem__(self, index: int) -> Draw:
-    batch, hosts = self._batch_size, self._process_count
-    step, place = divmod(int(index), batch)
-    slot = place % hosts * (batch // hosts) + place // hosts
+    step, slot = deal(int(index), self._batch_size, self._process_count)
     event = int(self._events[self._plan.event(step, slot)])
-    anchor = int(self._start[event])
-    choice = self._plan.uniform(step, slot + batch, 2**32)  # beyond the slots: another stream
+    anchor, key = int(self._start[event]), fold(self._key, step, slot)
     if self._inside and not (self._moments and step % 2):
-      anchor += self._plan.uniform(step, slot, int(self._end[event]) - anchor - 1)
-    return Draw(event, self._futures[self._plan.bucket(step)], anchor, choice)
+      anchor += mix64(key) % (int(self._end[event]) - anchor - 1)
+    return Draw(event, self._futures[self._plan.bucket(step)], anchor, key % 2**32)
 
   def __repr__(self) -> str:
     return f'PlanSource({len(self._events)} events)'
 
+  def digest(self) -> str:
+    """Hex digest of what is drawn and how often."""
+    return hashlib.sha256(self._events.tobytes() + self._plan.digest().encode()).hexdigest()[:16]
 
-class BatchIterator(Iterator[EventBatch | LanguageBatch]):
+  def landmark(self, index: int) -> tuple[int, ...]:
+    """What `seek` needs to reach the batch of element `index` at once: nothing."""
+    return ()
+
+  def seek(self) -> None:
+    """Takes what `landmark` gave."""
+
+
+class PackedSource:
+  """The plan as a random-access sequence of rows of whole events, tuples of Draws whose buckets are
+  their own future latents; see `PlanSource` and `packing`."""
+
+  def __init__(self, store: EventStore, config: ExperimentConfig, process_count: int):
+    data = config.data
+    self._batch_size, self._process_count = data.batch_size, process_count
+    self._start, self._key = store.column('start'), fold(data.seed, _WINDOWS)
+    events = split_events(store, config)
+    cells, mass = cell_mass(*balance_events(store, config, events))
+    self._events = events.astype(np.int32)
+    lengths = store.column('length')[events]
+    latents = count_latents(lengths, config.model.steps_per_latent, data.stride)
+    self._latents = np.clip(latents, 1, data.buckets[-1]).astype(np.int32)
+    plan = EventPlan(cells, mass, fold(data.seed, _PACKED))
+    self._rows = PackedPlan(plan, 1 + self._latents, data.pack, fold(data.seed, _ROWS))
+    parts = self._events.tobytes(), self._latents.tobytes(), plan.digest().encode()
+    self._digest = hashlib.sha256(b''.join(parts)).hexdigest()[:16]
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, index: int) -> tuple[Draw, ...]:
+    step, slot = deal(int(index), self._batch_size, self._process_count)
+    return tuple(
+      Draw(
+        int(self._events[place]),
+        int(self._latents[place]),
+        int(self._start[self._events[place]]),
+        fold(self._key, draw) % 2**32,
+      )
+      for place, draw in zip(*(x.tolist() for x in self._rows.row(step * self._batch_size + slot)))
+    )
+
+  def __repr__(self) -> str:
+    return f'PackedSource({len(self._events)} events)'
+
+  def digest(self) -> str:
+    """Hex digest of what is drawn, how often, and how long it is."""
+    return self._digest
+
+  def landmark(self, index: int) -> tuple[int, ...]:
+    """What `seek` needs to reach the batch of element `index` at once."""
+    return self._rows.landmark(index - index % self._batch_size)
+
+  def seek(self, *landmark: int) -> None:
+    """Takes what `landmark` gave."""
+    self._rows.seek(*landmark)
+
+
+def deal(index: int, batch_size: int, process_count: int) -> tuple[int, int]:
+  """(batch, slot in it) of element `index` of a source.
+
+  Hosts take every process_count-th element of a batch; slots are dealt so that host h receives the
+  contiguous slots h * batch_size / process_count onwards, as a sharded global array expects.
+  """
+  step, place = divmod(index, batch_size)
+  return step, place % process_count * (batch_size // process_count) + place // process_count
+
+
+class BatchIterator(Iterator[Batch]):
   """Endless batches (NumPy, this host's part); iterate with next().
 
   The state is the next batch's place in the plan and a fingerprint of everything the plan depends
   on: it is the same on every host and does not depend on workers, threads or the number of hosts.
   """
 
-  def __init__(self, batches: grain.experimental.ElasticIterator, plan: dict, shared_memory: bool):
-    self._batches, self._plan, self._shared_memory = batches, plan, shared_memory
+  def __init__(
+    self,
+    batches: grain.experimental.ElasticIterator,
+    source: PlanSource | PackedSource,
+    plan: dict,
+    shared_memory: bool,
+  ):
+    self._batches, self._source, self._plan = batches, source, plan
+    self._shared_memory = shared_memory
 
-  def __next__(self) -> EventBatch | LanguageBatch:
+  def __next__(self) -> Batch:
     batch = next(self._batches)
     # Worker processes hand over shared memory, which must not outlive the interpreter: keep a copy.
     return jax.tree.map(np.array, batch) if self._shared_memory else batch
 
   def get_state(self) -> dict:
-    """JSON-serialisable."""
-    return {'position': self._batches.get_state(), 'plan': self._plan}
+    """JSON-serialisable; `position` is the next element and how to reach it at once."""
+    (element,) = self._batches.get_state().values()
+    return {'position': [element, *self._source.landmark(element)], 'plan': self._plan}
 
   def set_state(self, state: dict) -> None:
     """Continues after the batch that `get_state` had returned last.
@@ -115,7 +212,9 @@ class BatchIterator(Iterator[EventBatch | LanguageBatch]):
         f'data iterator state belongs to another data stream ({changes}). '
         'Resume with the settings of the first run, or start a new one.'
       )
-    self._batches.set_state(dict(state['position']))
+    element, *landmark = state['position']
+    self._source.seek(*landmark)
+    self._batches.set_state(dict.fromkeys(self._batches.get_state(), element))
 
   def close(self) -> None:
     """Stops the worker processes and threads."""
@@ -146,28 +245,25 @@ def make_dataset(
     ConfigError: the store does not fit the config (cameras, action width, empty split) or the
       batch the hosts.
   """
-  plan = fingerprint(config, store)
+  make_source = PackedSource if config.data.pack else PlanSource
+  source = make_source(store, config, process_count)
+  reader = make_reader(config, store, norm, encode_text, prompts)
+  plan = fingerprint(config, store, source)
   if prompts is not None:
     plan['phrasing'] = config.data.phrasing
-  return open_stream(
-    config,
-    PlanSource(store, config, process_count),
-    make_reader(config, store, norm, encode_text, prompts),
-    plan,
-    process_index,
-    process_count,
-  )
+  read = reader.packed if config.data.pack else reader
+  return open_stream(config, source, read, plan, process_index, process_count)
 
 
 def open_stream(
   config: ExperimentConfig,
-  source: PlanSource,
-  read: Callable[[Draw], EventBatch | LanguageBatch],
+  source: PlanSource | PackedSource,
+  read: Callable[[Any], Batch],
   plan: dict,
   process_index: int,
   process_count: int,
 ) -> BatchIterator:
-  """Batches of what `read` makes of the draws of `source`.
+  """Batches of what `read` makes of the elements of `source`.
 
   Args:
     plan: what the stream depends on, JSON-serialisable; part of the iterator's state.
@@ -194,7 +290,7 @@ def open_stream(
     if data.workers
     else None,
   )
-  return BatchIterator(batches, plan, shared_memory=data.workers > 0)
+  return BatchIterator(batches, source, plan, shared_memory=data.workers > 0)
 
 
 def make_reader(
@@ -205,9 +301,8 @@ def make_reader(
   prompts: EncodePrompts | None = None,
 ) -> WindowReader:
   """A WindowReader whose captions are encoded once, here, in the calling process."""
-  captions = event_captions(store, config.data.window)
-  distinct, row = np.unique(np.array(captions, dtype=object), return_inverse=True)
-  table = CaptionTable(encode_text, distinct.tolist())
+  distinct, row = caption_rows(store, config.data.window)
+  table = CaptionTable(encode_text, distinct)
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
   ask = prompts and Instructions(store, config.data.phrasing, prompts)
@@ -218,10 +313,9 @@ def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
   """Rows of the event index that belong to config.data.split, after checking that they fit the
   config."""
   data, model = config.data, config.model
-  splits = store.column('split')
-  rows = np.flatnonzero(splits == data.split)
+  known, split = text_codes(store.events['split'])
+  rows = np.flatnonzero(split == known.index(data.split)) if data.split in known else ()
   if not len(rows):
-    known = sorted(set(splits.tolist()))
     raise ConfigError(
       f'data.split={data.split!r} has no events in {store.path}.{nearest(data.split, known)}'
     )
@@ -257,17 +351,39 @@ def event_buckets(store: EventStore, config: ExperimentConfig) -> np.ndarray:
   )
 
 
-def stack(elements: list[EventBatch] | list[LanguageBatch]) -> EventBatch | LanguageBatch:
+def balance_events(
+  store: EventStore, config: ExperimentConfig, events: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Weight [n] (how often it is drawn, up to a factor) and cell [n] of each of `events` (rows of
+  the event index): balanced over clusters where config.data.clusters is set, else over labels."""
+  data = config.data
+  if not data.clusters:
+    return label_weights(text_codes(store.events['label'])[1][events], data.balance)
+  from wallwm_jax.data import balance, cluster  # heavy to import, needed with clusters only
+
+  settings = balance.BalanceSettings(
+    tau_vl=1 - data.balance,
+    tau_act=1 - data.balance,
+    cap=data.balance_cap,
+    sources=dict(data.sources),
+    recovery=data.recovery or None,
+  )
+  labels = cluster.Labels.load(data.clusters, store)
+  balanced = balance.balance_store(store, labels, events, settings)
+  return balanced.weights, balanced.cells
+
+
+def stack(elements: list[Batch]) -> Batch:
   """Elements without a batch axis as one batch."""
   return jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
 
 
-def fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
-  data = {
-    k: v
-    for k, v in dataclasses.asdict(config.data).items()
-    if k not in ('store', 'latents', 'workers', 'threads', 'phrasing', 'text')
-  }
+def fingerprint(
+  config: ExperimentConfig, store: EventStore, source: PlanSource | PackedSource
+) -> dict:
+  """Everything that the batches depend on, JSON-serialisable."""
+  skipped = ('store', 'latents', 'clusters', 'workers', 'threads', 'phrasing', 'text')
+  data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in skipped}
   shape = [
     config.model.views,
     config.model.image_size,
@@ -275,4 +391,4 @@ def fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
     config.model.steps_per_latent,
   ]
   data['model'] = hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
-  return json.loads(json.dumps(data)) | {'store': store.digest[:16]}
+  return json.loads(json.dumps(data)) | {'store': store.digest[:16], 'draws': source.digest()}

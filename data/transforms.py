@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.data import images, traces
+from wallwm_jax.data import images, packing, traces
 from wallwm_jax.data.captions import CaptionTable
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.geometry.poses import relative_pose
-from wallwm_jax.types import Cameras, EventBatch, NormStats, Prompt
+from wallwm_jax.types import Cameras, EventBatch, NormStats, PackedBatch, Prompt
 
 EncodePrompts = Callable[[Sequence[str]], Prompt]
 
@@ -89,8 +91,33 @@ def pick_caption(captions: dict[str, str], purpose: str) -> str:
 
 def event_captions(store: EventStore, purpose: str) -> list[str]:
   """`pick_caption` of every event of a store."""
-  levels = [store.column(level) for level in CAPTION_ORDERS[purpose]]
-  return [next((text for text in texts if text), '') for texts in zip(*levels)]
+  return _captions(store, purpose).to_pylist()
+
+
+def caption_rows(store: EventStore, purpose: str) -> tuple[list[str], np.ndarray]:
+  """The distinct captions of `event_captions`, sorted, and int32 [events], the one of each."""
+  return text_codes(_captions(store, purpose))
+
+
+def text_codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+  """The distinct texts of a column, sorted, and int32 [n], the place of each row's among them.
+
+  Texts of a large index never become Python objects, one for each row.
+  """
+  encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+  texts = np.array(encoded.dictionary.to_pylist(), dtype=object)
+  order = np.argsort(texts)
+  place = np.empty(len(texts), np.int32)
+  place[order] = np.arange(len(texts), dtype=np.int32)
+  return texts[order].tolist(), place[encoded.indices.to_numpy()]
+
+
+def _captions(store: EventStore, purpose: str) -> pa.ChunkedArray:
+  first, *others = CAPTION_ORDERS[purpose]
+  text = store.events[first].cast(pa.string())
+  for level in others:
+    text = pc.if_else(pc.equal(text, ''), store.events[level].cast(pa.string()), text)
+  return text
 
 
 class Instructions:
@@ -169,6 +196,12 @@ class WindowReader:
       latents=latents,
       prompt=self._ask and self._ask(draw),
     )
+
+  def packed(self, draws: Sequence[Draw]) -> PackedBatch:
+    """One PackedBatch element (no batch axis): the whole windows of draws whose buckets are the
+    events' own future latents."""
+    budget, rate = self._config.data.pack, self._config.model.steps_per_latent
+    return packing.join_windows([self(draw) for draw in draws], budget, rate)
 
   def window(self, draw: Draw) -> Window:
     model, data = self._config.model, self._config.data

@@ -10,6 +10,7 @@ Axis letters used in every docstring of the project:
   E  text feature width         S  tokens of a sequence       J  key/value tokens, J = V * F * P
   Z  latent reasoning states    Y  tokens of an answer        M  tokens of a reasoning trace
   I  captions of a table        U  vocabulary
+  G  most events of a packed row
 
 Units: positions m, rotations as the first two columns of the rotation matrix (6D), gripper 0
 (closed) to 1 (open), times in frames unless a name says `_s`.

@@ -167,7 +167,7 @@ def test_only_events_that_succeed_are_drawn_at_all_their_frames_but_the_last(sto
   assert set(events) == {e for e in range(32) if train[e] and e % 4 != 2}
   source = PlanSource(store, config, 1, moments=events)
   offsets, choices = collections.defaultdict(set), set()
-  for draw in (source[i] for i in range(3000)):
+  for draw in (source[i] for i in range(6000)):
     offsets[draw.event].add(draw.anchor)
     choices.add(draw.choice)
   start, end = store.column('start'), store.column('end')
@@ -176,7 +176,7 @@ def test_only_events_that_succeed_are_drawn_at_all_their_frames_but_the_last(sto
   assert {e: offsets[e] for e in offsets} == {
     int(e): set(range(start[e], end[e] - 1)) for e in events
   }
-  assert len(choices) > 2990
+  assert len(choices) > 5980
 
 
 def test_wordings_follow_the_config(store):

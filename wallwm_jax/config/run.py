@@ -8,10 +8,11 @@ from typing import Literal
 import jax
 import numpy as np
 
+from wallwm_jax.config import packed
 from wallwm_jax.config.base import require
 from wallwm_jax.config.language import LanguageConfig
 from wallwm_jax.config.model import ModelConfig
-from wallwm_jax.types import Cameras, EventBatch, LanguageBatch, Prompt, Text
+from wallwm_jax.types import Cameras, EventBatch, LanguageBatch, PackedBatch, Prompt, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,16 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where training data come from and how they are drawn."""
+  """Where training data come from and how they are drawn.
+
+  Every group of events (a label or, where `clusters` is set, an observation cluster and an action
+  cluster) is drawn in proportion to its count ** (1 - balance). With clusters, no event is drawn
+  more than `balance_cap` times as often as it would be naturally, `sources` are drawn in the given
+  ratio, and events that show a recovery make up the share `recovery`.
+
+  With `pack`, a row of a batch holds as many whole events as fit, each 1 + n latent frames (its
+  anchor and n <= buckets[-1] future ones), and the buckets in between have no meaning.
+  """
 
   store: str = ''
   split: str = 'train'
@@ -73,7 +83,12 @@ class DataConfig:
   text: Literal['caption', 'staircase'] = 'caption'  # what the towers are told by
   phrasing: Literal['canonical', 'train', 'heldout'] = 'train'  # wordings that prompts are put in
   latents: str = ''  # latents of the store's events, from `wallwm data encode`; '' = encode frames
-  balance: float = 0.5  # 0 = natural frequency, 1 = every label equally often
+  balance: float = 0.5  # 0 = natural frequency, 1 = every label (or cluster) equally often
+  clusters: str = ''  # folder of cluster labels, from `wallwm data cluster`; '' = balance labels
+  balance_cap: float = 16.0  # most repeats of an event, relative to its natural frequency
+  sources: tuple[tuple[str, float], ...] = ()  # (source, ratio) of every source; () = as they come
+  recovery: float = 0.0  # share of events that show a recovery; 0 = as they come
+  pack: int = 0  # latent frames of a row that holds several events; 0 = one event per row
   stride: int = 1  # raw frames per model frame
   normalisation: Literal['meanstd', 'quantile'] = 'meanstd'
   workers: int = 0  # Grain worker processes; never changes the batches
@@ -94,6 +109,36 @@ class DataConfig:
       f'{self.window!r}. Chunk windows are encoded as they are cut: set data.latents to \'\'.',
     )
     require(0 <= self.balance <= 1, f'data.balance: expected 0..1, got {self.balance}.')
+    require(
+      self.balance_cap >= 1,
+      f'data.balance_cap: expected >= 1 (inf = no cap), got {self.balance_cap}.',
+    )
+    require(0 <= self.recovery < 1, f'data.recovery: expected 0 <= x < 1, got {self.recovery}.')
+    names = [name for name, _ in self.sources]
+    require(
+      len(set(names)) == len(names) and all(0 < ratio < np.inf for _, ratio in self.sources),
+      'data.sources: expected (source, ratio > 0) with every source once, got '
+      f'{self.sources}.',
+    )
+    require(
+      bool(self.clusters) or not (self.sources or self.recovery),
+      'data.sources and data.recovery are shares of clustered events, but data.clusters is empty. '
+      'Make labels with `wallwm data cluster`.',
+    )
+    require(
+      self.pack == 0 or self.pack > self.buckets[-1],
+      f'data.pack: expected 0 or at least {1 + self.buckets[-1]} latent frames, the anchor and '
+      f'data.buckets[-1] more, got {self.pack}.',
+    )
+    require(
+      not self.pack or self.window == 'event',
+      f'data.pack: rows hold whole events, but data.window is {self.window!r}. Set data.pack to 0.',
+    )
+
+  @property
+  def packed_events(self) -> int:
+    """Most events G of a packed row: the shortest cost an anchor and one future latent."""
+    return self.pack // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +261,10 @@ class ExperimentConfig:
       f'language.kind: stage {self.train.stage!r} with data.text={self.data.text!r} needs the '
       "language side, got 'none'. Set language.kind='qwen' and its sizes.",
     )
+    require(
+      not self.data.pack or self.train.stage not in LANGUAGE_STAGES,
+      f'data.pack: stage {self.train.stage!r} reads moments, one per row. Set data.pack to 0.',
+    )
 
   def window_frames(self, bucket: int) -> tuple[int, int]:
     """(T raw frames, K action steps) of one window with `bucket` future latent frames."""
@@ -225,12 +274,14 @@ class ExperimentConfig:
 
   def inputs_spec(
     self, bucket: int | None = None, batch_size: int | None = None
-  ) -> EventBatch | LanguageBatch:
+  ) -> EventBatch | LanguageBatch | PackedBatch:
     """The batch of ShapeDtypeStructs a training step of this config receives."""
     bucket = self.data.buckets[-1] if bucket is None else bucket
     b = self.data.batch_size if batch_size is None else batch_size
     if self.train.stage in LANGUAGE_STAGES:
       return self._moments_spec(b)
+    if self.data.pack:
+      return packed.spec(self.model, self.data, self.language.prompt_tokens, b)
     frames, steps = self.window_frames(bucket)
     v, (height, width) = len(self.model.views), self.model.image_size
     a, x, e = self.model.action_spec.dim, self.model.text.tokens, self.model.text.width
@@ -274,7 +325,7 @@ class ExperimentConfig:
 
   def fake_batch(
     self, bucket: int | None = None, batch_size: int | None = None, seed: int = 0
-  ) -> EventBatch:
+  ) -> EventBatch | LanguageBatch | PackedBatch:
     """A random but valid batch (NumPy) of `inputs_spec`: full length, all views, cameras on a ring;
     prompts with the image tokens of every view.
     """
@@ -303,6 +354,12 @@ class ExperimentConfig:
         last=np.arange(len(zeros), dtype=np.int32) % 2 - 1,
         remaining=np.abs(batch.remaining),
       )
+    if isinstance(batch, PackedBatch):
+      cameras = self._fake_cameras(batch.event_mask.size)
+      shape = batch.event_mask.shape
+      cameras = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), cameras)
+      batch = dataclasses.replace(batch, cameras=cameras)
+      return packed.lay_out(batch, self.data.buckets[-1], self.model.steps_per_latent)
     b = batch.num_frames.shape[0]
     bucket = self.data.buckets[-1] if bucket is None else bucket
     length = np.full((b,), self.window_frames(bucket)[0], np.int32)
@@ -317,7 +374,7 @@ class ExperimentConfig:
       h, w = self.language.image_size or self.model.image_size
       images = len(self.model.views) * (h // vlm.vision.factor) * (w // vlm.vision.factor)
     ids = rng.integers(0, min(vlm.image_token, vlm.video_token, vlm.vocab), shape, np.int32)
-    ids[:, :images] = vlm.image_token
+    ids[..., :images] = vlm.image_token
     return Prompt(ids, np.ones(shape, bool))
 
   def _fake_cameras(self, b: int) -> Cameras:

@@ -1,0 +1,342 @@
+"""Clusters of events, computed once and frozen to disk: the loader reads labels only.
+
+  clusters/<name>/labels.parquet   uid, vl and act label, distance of each event to its two centres
+  clusters/<name>/meta.json        how they were made, of which store, and the sha256 of the labels
+
+`vl` clusters (observation, caption) vectors, `act` action trajectories; events without actions have
+act = -1. Clusters are numbered by size, 0 is the largest.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse
+import sklearn
+from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits
+
+from wallwm_jax.data import manifest
+from wallwm_jax.data.embed import DescriptorEmbedder, Embedder, EmbedSettings, embed_events
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.types import ConfigError, CorruptStoreError, DataError
+
+FORMAT, VERSION = 'wallwm-clusters', 1
+LABELS, META = 'labels.parquet', 'meta.json'
+NO_ACTION = -1  # act label of events without actions
+_CHUNK = 8192  # rows assigned at once
+
+_SCHEMA = pa.schema(
+  [
+    ('uid', pa.uint64()),
+    ('vl', pa.int32()),
+    ('act', pa.int32()),
+    ('vl_distance', pa.float32()),
+    ('act_distance', pa.float32()),
+  ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSettings:
+  """How events are clustered.
+
+  vl, act: most clusters per side; min_events: mean events per cluster, at least, so that a small
+    store gets fewer. seed: of the sample and of k-means.
+  sample: events that centres are fitted on, at most; batch: events per step of mini-batch k-means;
+    epochs: its passes over the sample; refinements: full passes (Lloyd) over the sample after it.
+  embed: how events are embedded.
+
+  Raises:
+    ConfigError: a value out of range.
+  """
+
+  vl: int = 512
+  act: int = 64
+  min_events: int = 8
+  seed: int = 0
+  sample: int = 131_072
+  batch: int = 8192
+  epochs: int = 5
+  refinements: int = 3
+  embed: EmbedSettings = dataclasses.field(default_factory=EmbedSettings)
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      lowest = 0 if name in ('seed', 'refinements') else 1
+      if name != 'embed' and value < lowest:
+        raise ConfigError(f'clusters.{name}: expected >= {lowest}, got {value}.')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+  """Cluster labels of all events of a store, in the order of its index.
+
+  uid: uint64 [n]; vl, act: int32 [n], act -1 = no actions; vl_distance, act_distance: float32 [n]
+  to the centre in feature space, NaN without actions. meta: content of meta.json.
+  """
+
+  uid: np.ndarray
+  vl: np.ndarray
+  act: np.ndarray
+  vl_distance: np.ndarray
+  act_distance: np.ndarray
+  meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def sha256(self) -> str:
+    """Hex digest of uids and labels."""
+    digest = hashlib.sha256()
+    for values, dtype in ((self.uid, '<u8'), (self.vl, '<i4'), (self.act, '<i4')):
+      digest.update(np.ascontiguousarray(values, dtype).tobytes())
+    return digest.hexdigest()
+
+  @classmethod
+  def load(cls, path: str | os.PathLike, store: EventStore) -> Labels:
+    """The labels at `path`, in the order of the store's index.
+
+    Raises:
+      DataError: there are none, they are of a newer version, or of other events than the store's,
+        naming the difference.
+      CorruptStoreError: they are not what was written.
+    """
+    path = pathlib.Path(path)
+    meta = _read_meta(path)
+    (entry,) = meta['files']
+    manifest.check_size(path, entry)
+    manifest.check_digest(path, entry)
+    table = pq.read_table(path / LABELS, schema=_SCHEMA)
+    stored = cls(*(table.column(name).to_numpy() for name in _SCHEMA.names), meta)
+    if stored.sha256 != meta['labels_sha256']:
+      raise CorruptStoreError(
+        f'{path / LABELS}: labels have sha256 {stored.sha256[:16]}..., {META} promises '
+        f'{meta["labels_sha256"][:16]}... Copy both again or cluster again.'
+      )
+    rows = _align(stored.uid, store, path)
+    columns = (getattr(stored, name)[rows] for name in _SCHEMA.names)
+    return cls(*columns, meta)
+
+  def save(self, out: str | os.PathLike) -> None:
+    """Writes labels.parquet and meta.json into the new folder `out`, which appears when whole.
+
+    Raises:
+      DataError: `out` exists.
+    """
+    out = pathlib.Path(out).absolute()
+    _check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.parent / f'.{out.name}.building-{uuid.uuid4().hex}'
+    building.mkdir()
+    try:
+      columns = {name: getattr(self, name) for name in _SCHEMA.names}
+      pq.write_table(pa.table(columns, schema=_SCHEMA), building / LABELS)
+      entry = manifest.describe(building, LABELS, len(self.uid))
+      content = self.meta | {'labels_sha256': self.sha256, 'files': [entry]}
+      (building / META).write_text(json.dumps(content, indent=1) + '\n')
+      os.rename(building, out)
+    except BaseException:
+      shutil.rmtree(building, ignore_errors=True)
+      raise
+
+
+def cluster_store(
+  store: EventStore,
+  embedder: Embedder | None = None,
+  settings: ClusterSettings = ClusterSettings(),
+  out: str | os.PathLike | None = None,
+) -> Labels:
+  """Embeds and clusters all events of a store and writes the labels to the folder `out` (default:
+  clusters/default of the store, beside whose data it lies).
+
+  Centres are fitted on events of the split 'train', if there are any. Labels do not depend on the
+  number of threads.
+
+  Raises:
+    DataError: `out` exists.
+  """
+  embedder = DescriptorEmbedder() if embedder is None else embedder
+  out = pathlib.Path(store.path / 'clusters' / 'default' if out is None else out).absolute()
+  _check_free(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  train = store.column('split') == 'train'
+  train = train if train.any() else np.ones_like(train)
+  with tempfile.TemporaryDirectory(prefix='.embedding-', dir=out.parent) as folder:
+    events = embed_events(store, embedder, settings.embed, folder=folder)
+    sides = {}
+    everything = np.ones(len(train), bool)
+    for name, x, has in (('vl', events.vl, everything), ('act', events.act, events.has_action)):
+      sides[name] = _cluster_side(x, has, train, settings, name)
+    del events, x
+  meta = {
+    'format': FORMAT,
+    'version': VERSION,
+    'store': store.digest,
+    'events': len(train),
+    'algorithm': 'mini-batch k-means (k-means++), then Lloyd',
+    'libraries': {'scikit-learn': sklearn.__version__, 'numpy': np.__version__},
+    'embedder': embedder.identity,
+    'settings': dataclasses.asdict(settings),
+    'clusters': {name: int(side[0].max()) + 1 for name, side in sides.items()},
+  }
+  (vl, vl_distance), (act, act_distance) = sides['vl'], sides['act']
+  labels = Labels(store.column('uid'), vl, act, vl_distance, act_distance, meta)
+  labels.save(out)
+  return Labels.load(out, store)
+
+
+def fit_centres(
+  x: np.ndarray, k: int, settings: ClusterSettings, *, spherical: bool = False
+) -> np.ndarray:
+  """Centres float32 [k', D] of the rows of x [n, D], k' = min(k, n); the same for every number of
+  threads.
+
+  Args:
+    spherical: rows are of unit length and centres shall be, so that the objective is the mean
+      cosine.
+  """
+  k = min(k, len(x))
+  # One thread: sums in OpenMP and BLAS depend on how many take part.
+  with threadpool_limits(limits=1):
+    model = MiniBatchKMeans(
+      k,
+      init='k-means++',
+      n_init=1,
+      max_iter=settings.epochs,
+      batch_size=settings.batch,
+      random_state=settings.seed,
+      reassignment_ratio=0.0,
+    )
+    centres = model.fit(x).cluster_centers_.astype(np.float32)
+    centres = _unit_rows(centres) if spherical else centres
+    for _ in range(settings.refinements):
+      labels, _ = assign(x, centres)
+      member = scipy.sparse.csr_array(
+        (np.ones(len(x), np.float32), labels, np.arange(len(x) + 1)), shape=(len(x), k)
+      )
+      count = np.bincount(labels, minlength=k)[:, None]
+      means = (member.T @ x) / np.maximum(count, 1)
+      centres = np.where(count > 0, _unit_rows(means) if spherical else means, centres)
+      centres = centres.astype(np.float32)
+  return centres
+
+
+def assign(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(int32 [n] nearest centre, the first of equals; float32 [n] distance to it) of the rows of x
+  [n, D] (may be a memory map). Chunks run in parallel; the result does not depend on how many."""
+  labels, distance = np.empty(len(x), np.int32), np.empty(len(x), np.float32)
+  half = 0.5 * (centres**2).sum(1)
+
+  def one(start: int) -> None:
+    rows = slice(start, start + _CHUNK)
+    chunk = np.asarray(x[rows], np.float32)
+    score = chunk @ centres.T - half
+    best = score.argmax(1)
+    labels[rows] = best
+    distance[rows] = np.linalg.norm(chunk - centres[best], axis=1)
+
+  with (
+    threadpool_limits(limits=1),
+    concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+  ):
+    list(pool.map(one, range(0, len(x), _CHUNK)))
+  return labels, distance
+
+
+def cluster_sizes(labels: Labels) -> dict[str, np.ndarray]:
+  """Events per cluster: {'vl': int64 [K], 'act': int64 [K']}; those without actions in none."""
+  return {'vl': np.bincount(labels.vl), 'act': np.bincount(labels.act[labels.act >= 0])}
+
+
+def examples(labels: Labels, side: Literal['vl', 'act'], count: int) -> list[np.ndarray]:
+  """For every cluster of a side, rows of the event index of its (at most) `count` events nearest
+  to the centre, nearest first."""
+  label, distance = getattr(labels, side), getattr(labels, f'{side}_distance')
+  order = np.lexsort((np.arange(len(label)), distance, label))
+  ends = np.searchsorted(label[order], np.arange(label.max() + 2))
+  return [order[a:b][:count] for a, b in zip(ends, ends[1:])]
+
+
+def _cluster_side(
+  x: np.ndarray, has: np.ndarray, train: np.ndarray, settings: ClusterSettings, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """(labels int32 [n], distance float32 [n]); NO_ACTION and NaN where `has` is False."""
+  labels = np.full(len(x), NO_ACTION, np.int32)
+  distance = np.full(len(x), np.nan, np.float32)
+  fit = np.flatnonzero(has & train) if (has & train).any() else np.flatnonzero(has)
+  if not len(fit):
+    return labels, distance
+  k = max(1, min(getattr(settings, name), len(fit) // settings.min_events))
+  if len(fit) > settings.sample:
+    chosen = np.random.RandomState(settings.seed).permutation(len(fit))[: settings.sample]
+    fit = fit[np.sort(chosen)]
+  centres = fit_centres(np.asarray(x[fit], np.float32), k, settings, spherical=name == 'vl')
+  found, near = assign(x, centres)
+  labels[has], distance[has] = _by_size(found[has]), near[has]
+  return labels, distance
+
+
+def _by_size(labels: np.ndarray) -> np.ndarray:
+  """Labels int32 renumbered so that 0 is the largest cluster and none is empty."""
+  values, code, count = np.unique(labels, return_inverse=True, return_counts=True)
+  rank = np.empty(len(values), np.int32)
+  rank[np.argsort(-count, kind='stable')] = np.arange(len(values))
+  return rank[code]
+
+
+def _unit_rows(x: np.ndarray) -> np.ndarray:
+  norm = np.linalg.norm(x, axis=1, keepdims=True)
+  return x / np.where(norm > 0, norm, 1)
+
+
+def _check_free(out: pathlib.Path) -> None:
+  if out.exists():
+    raise DataError(f'clusters {out}: expected a new folder, but it exists. Choose another name.')
+
+
+def _read_meta(path: pathlib.Path) -> dict[str, Any]:
+  file = path / META
+  if not file.is_file():
+    raise DataError(f'no clusters at {path}: {META} not found. Cluster the store first.')
+  try:
+    meta = json.loads(file.read_text())
+  except ValueError as error:
+    raise CorruptStoreError(f'{file}: not valid JSON ({error}).') from None
+  if not isinstance(meta, dict) or meta.get('format') != FORMAT:
+    got = meta.get('format') if isinstance(meta, dict) else None
+    raise DataError(f'{file}: expected format {FORMAT!r}, got {got!r}.')
+  if not isinstance(meta.get('version'), int) or meta['version'] > VERSION:
+    raise DataError(
+      f'{file}: version {meta.get("version")}, this code reads up to {VERSION}. Upgrade wallwm_jax.'
+    )
+  missing = [key for key in ('files', 'labels_sha256', 'store') if key not in meta]
+  if missing:
+    raise CorruptStoreError(f'{file}: {missing} missing. Copy it again or cluster again.')
+  return meta
+
+
+def _align(uid: np.ndarray, store: EventStore, path: pathlib.Path) -> np.ndarray:
+  """Rows of `uid` in the order of the store's index."""
+  wanted = store.column('uid')
+  order = np.argsort(uid, kind='stable')
+  place = np.minimum(np.searchsorted(uid[order], wanted), max(len(uid) - 1, 0))
+  unlabelled = wanted[uid[order][place] != wanted] if len(uid) else wanted
+  unknown = np.setdiff1d(uid, wanted)
+  if len(unlabelled) or len(unknown):
+    raise DataError(
+      f'clusters {path} are not those of store {store.path}: of {len(wanted)} events '
+      f'{len(unlabelled)} have no label (first uids {unlabelled[:3].tolist()}), {len(unknown)} '
+      f'labels are of other events (first uids {unknown[:3].tolist()}). Cluster this store again.'
+    )
+  return order[place]
