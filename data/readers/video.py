@@ -11,7 +11,7 @@ import numpy as np
 
 from wallwm_jax.data import images
 from wallwm_jax.data.schema import EpisodeRecord, EventSpan, Quarantined
-from wallwm_jax.types import DataError
+from wallwm_jax.errors import DataError
 
 SUFFIXES = ('.mp4', '.mkv', '.webm', '.avi', '.mov')
 
