@@ -96,7 +96,7 @@ def _gripper(gripper: Gripper, features: Features, values) -> np.ndarray:
       f'gripper: expected {low:g}..{high:g} ({gripper.open:g} = open), '
       f'got {x.min():.3g}..{x.max():.3g} in {gripper.feature}'
     )
-  return np.clip(share, 0, 1)
+  return np.clip(share, 0, 1) + 0.0  # not -0
 
 
 def _rotation(rotation: Rotation, features: Features, values) -> np.ndarray:
