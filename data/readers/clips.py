@@ -70,7 +70,7 @@ def video_facts(path: pathlib.Path) -> dict:
       codec = stream.codec_context
       return {
         'size': [codec.height, codec.width],
-        'codec': codec.name,
+        'codec': codec.codec.canonical_name,
         'pix_fmt': codec.pix_fmt,
         'fps': float(stream.average_rate),
         'frames': stream.frames or None,

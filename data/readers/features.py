@@ -79,10 +79,10 @@ def example_spec(features: Features) -> str:
   vectors = [n for n, f in features.items() if f.kind == 'number' and f.shape and f.shape[0] >= 4]
   state = next((n for n in vectors if 'state' in n), '???')
   action = next((n for n in vectors if 'action' in n), '???')
-  lines += ['arms:', '- state:', *_pose_lines(features, state), '    action:']
-  lines += ['      convention: ???  # absolute, delta_base or delta_tool']
+  lines += ['arms:', '- state:', *_pose_lines(features, state), '  action:']
+  lines += ['    convention: ???  # absolute, delta_base or delta_tool']
   lines += _pose_lines(features, action)
-  return '\n'.join(lines)
+  return '\n'.join(lines) + '\n'
 
 
 def unknown_layout(where, features: Features, reasons: list[str]) -> UnknownLayoutError:
@@ -99,9 +99,10 @@ def _pose_lines(features: Features, name: str) -> list[str]:
   size = feature.shape[0] if feature else '???'
   comment = f'{size} channels' + (f': {", ".join(known)}' if known else '')
   return [
-    f'      position: {{feature: {name}, channels: [???, ???, ???], unit: ???}}  # {comment}',
-    f'      rotation: {{format: ???, feature: {name}, channels: [???], unit: ???}}',
-    f'      gripper: {{feature: {name}, channel: ???, open: ???, closed: ???}}',
+    f'    # {name}: {comment}',
+    f'    position: {{feature: {name}, channels: [???, ???, ???], unit: ???}}',
+    f'    rotation: {{format: ???, feature: {name}, channels: [???], unit: ???}}',
+    f'    gripper: {{feature: {name}, channel: ???, open: ???, closed: ???}}',
   ]
 
 

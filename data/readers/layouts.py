@@ -20,6 +20,14 @@ from wallwm_jax.data.readers.spec import (
 
 STATE, ACTION = 'observation.state', 'action'  # LeRobot's names
 POSE_NAMES = ('x', 'y', 'z', *(f'rot6d_{i}' for i in range(6)), 'gripper')  # of one arm
+COUNTERS = {  # the columns that every LeRobot data set has, or may have: dtype
+  'timestamp': 'float32',
+  'frame_index': 'int64',
+  'episode_index': 'int64',
+  'index': 'int64',
+  'task_index': 'int64',
+  'subtask_index': 'int64',
+}
 METAWORLD_METRES = 0.01  # mocap displacement per unit of action (Meta-World's action_scale)
 
 
@@ -77,7 +85,8 @@ def _bridge_pose(name: str) -> tuple[Position, Rotation, Gripper]:
 
 
 def lerobot_layout(where, features: Features, robot: str | None) -> DatasetSpec:
-  """The spec of a LeRobot data set of canonical poses (writers.lerobot) or of Meta-World.
+  """The spec of a LeRobot data set of canonical poses (writers.lerobot), of video only, or of
+  Meta-World.
 
   Meta-World: the hand never turns; the action moves its mocap target by action / 100 m, its last
   channel drives the fingers from -1 (open) to 1 (closed).
@@ -86,6 +95,8 @@ def lerobot_layout(where, features: Features, robot: str | None) -> DatasetSpec:
     UnknownLayoutError: another layout.
   """
   names = {name: features[name].names for name in (STATE, ACTION) if name in features}
+  if set(features) <= {*cameras(features), *COUNTERS}:
+    return DatasetSpec(_all_cameras(features), ())
   for arms in (1, 2):
     if set(names.values()) == {pose_names(arms)} and STATE in names:
       return DatasetSpec(_all_cameras(features), _canonical_arms(arms, ACTION in names))

@@ -76,7 +76,7 @@ class LeRobotMeta:
 
   def __init__(self, source: str | os.PathLike):
     self.root = pathlib.Path(source)
-    self.info = _read_json(self.root / 'meta' / 'info.json')
+    self.info = read_json(self.root / 'meta' / 'info.json')
     lacking = {'codebase_version', 'fps', 'features', 'data_path'} - set(self.info)
     if lacking:
       raise DataError(f'{self.root}/meta/info.json: expected {sorted(lacking)}, they are missing.')
@@ -123,11 +123,11 @@ class LeRobotMeta:
       return dict(zip(table[f'{name}_index'].to_pylist(), table[column].to_pylist()))
     path = path.with_suffix('.jsonl')
     if path.is_file():
-      return {row[f'{name}_index']: row[name] for row in _read_lines(path, f'{name}_index', name)}
+      return {row[f'{name}_index']: row[name] for row in read_lines(path, f'{name}_index', name)}
     return {}
 
   def _entries_v2(self) -> list[Entry]:
-    rows = _read_lines(self.root / 'meta' / 'episodes.jsonl', 'episode_index', 'length')
+    rows = read_lines(self.root / 'meta' / 'episodes.jsonl', 'episode_index', 'length')
     size = int(self.info.get('chunks_size', 1000))
     entries = []
     for row in rows:
@@ -246,14 +246,16 @@ def _sarm_spans(row: dict[str, Any]) -> dict[str, list[Span]]:
   return result
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Raises DataError."""
   try:
     return json.loads(path.read_text('utf-8'))
   except (OSError, ValueError) as error:
     raise DataError(f'{path}: expected the JSON file of a LeRobot data set ({error}).') from None
 
 
-def _read_lines(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
+def read_lines(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
+  """Objects of a JSON lines file that all have `fields`; raises DataError."""
   try:
     rows = [json.loads(line) for line in path.read_text('utf-8').splitlines() if line.strip()]
   except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wallwm_jax.data.readers import carried
-from wallwm_jax.data.readers.layouts import ACTION, STATE, pose_names
+from wallwm_jax.data.readers.layouts import ACTION, COUNTERS, STATE, pose_names
 from wallwm_jax.data.readers.lerobot_meta import RECORD_COLUMN
 from wallwm_jax.data.schema import ARM_WIDTH, EpisodeRecord, Quarantined, validate
 from wallwm_jax.data.writers.feature_stats import FeatureStats
@@ -33,12 +33,6 @@ VERSION = 'v3.0'
 DATA = 'data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet'
 EPISODES = 'meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet'
 VIDEO = 'videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4'
-COUNTERS = {
-  'timestamp': 'float32',
-  **dict.fromkeys(
-    ('frame_index', 'episode_index', 'index', 'task_index', 'subtask_index'), 'int64'
-  ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
