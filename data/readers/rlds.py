@@ -292,7 +292,10 @@ def _read_array_records(path: pathlib.Path) -> Iterator[bytes | None]:
       yield reader.read([i])[0]
     except (RuntimeError, ValueError, IndexError):
       yield None
-  reader.close()
+  try:
+    reader.close()
+  except RuntimeError:  # how it tells that it stopped before the end of the file
+    raise DataError(f'{path}: damaged ArrayRecord file, {count} records found.') from None
 
 
 def _text(value: bytes | str) -> str:
