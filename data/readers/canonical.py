@@ -72,8 +72,9 @@ def _target(action: Action, measured, features: Features, values) -> tuple[np.nd
 
 def _matrix(rot6d: np.ndarray) -> np.ndarray:
   """[T, 3, 3]; NaN where the input is not finite, which Gram-Schmidt would turn into a rotation."""
-  result = rot6d_to_matrix(rot6d)
-  result[~np.isfinite(rot6d).all(-1)] = np.nan
+  finite = np.isfinite(rot6d).all(-1)
+  result = rot6d_to_matrix(np.where(finite[:, None], rot6d, _IDENTITY))
+  result[~finite] = np.nan
   return result
 
 

@@ -73,14 +73,14 @@ def check_spec(spec: DatasetSpec, features: Features) -> None:
 
 
 def example_spec(features: Features) -> str:
-  """A spec of this data set as YAML, with ??? where only its author knows the answer."""
+  """A spec of this data set as YAML, with TODO where only its author knows the answer."""
   lines = ['cameras:']
   lines += [f'- {{feature: {c}, view: {_view(c)}}}' for c in cameras(features)]
   vectors = [n for n, f in features.items() if f.kind == 'number' and f.shape and f.shape[0] >= 4]
-  state = next((n for n in vectors if 'state' in n), '???')
-  action = next((n for n in vectors if 'action' in n), '???')
+  state = next((n for n in vectors if 'state' in n), 'TODO')
+  action = next((n for n in vectors if 'action' in n), 'TODO')
   lines += ['arms:', '- state:', *_pose_lines(features, state), '  action:']
-  lines += ['    convention: ???  # absolute, delta_base or delta_tool']
+  lines += ['    convention: TODO  # absolute, delta_base or delta_tool']
   lines += _pose_lines(features, action)
   return '\n'.join(lines) + '\n'
 
@@ -89,20 +89,20 @@ def unknown_layout(where, features: Features, reasons: list[str]) -> UnknownLayo
   """The error of a data set that needs a spec: which layouts were tried, and what to write."""
   return UnknownLayoutError(
     f'{where}: its metadata does not say what state and action mean (' + '; '.join(reasons) + '). '
-    'Write a DatasetSpec, replace every ???, and pass it (--spec FILE):\n' + example_spec(features)
+    'Write a DatasetSpec, replace every TODO, and pass it (--spec FILE):\n' + example_spec(features)
   )
 
 
 def _pose_lines(features: Features, name: str) -> list[str]:
   feature = features.get(name)
   known = list(feature.names) if feature and feature.names else None
-  size = feature.shape[0] if feature else '???'
+  size = feature.shape[0] if feature else 'TODO'
   comment = f'{size} channels' + (f': {", ".join(known)}' if known else '')
   return [
     f'    # {name}: {comment}',
-    f'    position: {{feature: {name}, channels: [???, ???, ???], unit: ???}}',
-    f'    rotation: {{format: ???, feature: {name}, channels: [???], unit: ???}}',
-    f'    gripper: {{feature: {name}, channel: ???, open: ???, closed: ???}}',
+    f'    position: {{feature: {name}, channels: [TODO, TODO, TODO], unit: TODO}}',
+    f'    rotation: {{format: TODO, feature: {name}, channels: [TODO], unit: TODO}}',
+    f'    gripper: {{feature: {name}, channel: TODO, open: TODO, closed: TODO}}',
   ]
 
 
