@@ -1,11 +1,13 @@
 """Small LeRobot data sets written by hand (pyarrow, PyAV), apart from the library's own writer."""
 
+import dataclasses
 import json
 
 import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from episode_factory import make_episode
 
 from wallwm_jax.data.readers.spec import from_plain
 
@@ -187,3 +189,11 @@ def write_v30(root, raws, extra=None, columns=None, per_group=None):
   ):
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(content, root / path, row_group_size=per_group)
+
+
+def smooth_episode(index, **changes):
+  """Frames that a codec can keep."""
+  record = make_episode(index, lengths=(9, 5), size=(32, 48), **changes)
+  ramp = np.arange(32)[:, None, None] + np.arange(48)[None, :, None] + np.array([0, 40, 80])
+  clip = (ramp[None] + 3 * np.arange(record.num_frames)[:, None, None, None]).astype(np.uint8)
+  return dataclasses.replace(record, frames=dict.fromkeys(record.views, clip))

@@ -11,7 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from episode_factory import make_episode, make_poses
-from lerobot_factory import CAMERAS, FPS, SPEC, make_raw, write_clip, write_v21, write_v30
+from lerobot_factory import (
+  CAMERAS,
+  FPS,
+  SPEC,
+  make_raw,
+  smooth_episode,
+  write_clip,
+  write_v21,
+  write_v30,
+)
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -463,14 +472,6 @@ def plain(record):
       times=None if record.times is None else record.times.tobytes(),
     )
   )
-
-
-def smooth_episode(index, **changes):
-  """Frames that a codec can keep."""
-  record = make_episode(index, lengths=(9, 5), size=(32, 48), **changes)
-  ramp = np.arange(32)[:, None, None] + np.arange(48)[None, :, None] + np.array([0, 40, 80])
-  clip = (ramp[None] + 3 * np.arange(record.num_frames)[:, None, None, None]).astype(np.uint8)
-  return dataclasses.replace(record, frames=dict.fromkeys(record.views, clip))
 
 
 @pytest.mark.parametrize('codec', ['h264', 'av1'])

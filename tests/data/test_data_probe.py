@@ -1,8 +1,7 @@
 import json
 
 import pytest
-from lerobot_factory import CAMERAS, SPEC, make_raw, write_v21, write_v30
-from test_data_lerobot import smooth_episode
+from lerobot_factory import CAMERAS, SPEC, make_raw, smooth_episode, write_v21, write_v30
 
 from wallwm_jax import cli
 from wallwm_jax.data.readers.probe import probe, raw_format
