@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from wallwm_jax.types import DataError
+from wallwm_jax.errors import DataError
 
 ARM_WIDTH = 10  # position 3 + rot6d 6 + gripper 1
 LEVELS = ('L3', 'L2', 'L1', 'L0', 'human')  # task, subtask, action, segment, written by a person

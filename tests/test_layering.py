@@ -12,13 +12,14 @@ LIBRARY = ROOT / 'wallwm_jax'
 LINKED = ('data', 'kernels')  # top-level folders that are also sub-packages, through symlinks
 TOP = ('cli', 'commands')  # may import everything; only each other imports them
 
-VOCABULARY = {'types', 'config'}
+VOCABULARY = {'errors', 'types', 'config'}
 # package -> the project modules it may import: a package name, or a dotted module inside one.
 ALLOWED = {
-  'types': set(),
-  'config': {'types'},
+  'errors': set(),
+  'types': {'errors'},
+  'config': {'errors', 'types'},
   'presets': VOCABULARY,
-  'kernels': {'types'},
+  'kernels': {'errors', 'types'},
   'geometry': VOCABULARY,
   'diffusion': VOCABULARY,
   'optim': VOCABULARY | {'kernels.*.api'},
@@ -60,10 +61,12 @@ CONFINED = {
   'tensorflow': set(),
   'torch': set(),
 }
-PURE = {'types', 'config', 'presets', 'kernels', 'geometry', 'diffusion', 'optim', 'models'}
+PURE = {'errors', 'types', 'config', 'presets', 'kernels', 'geometry', 'diffusion', 'optim'}
+PURE |= {'models'}
 PURE_MAY = {'jax', 'jaxtyping', 'numpy', 'scipy', 'flax', 'optax', 'ml_collections', 'einops'}
 STANDARD = {'collections', 'dataclasses', 'difflib', 'enum', 'functools', 'hashlib', 'itertools'}
-STANDARD |= {'math', 're', 'types', 'typing', 'zlib', '__future__', 'contextlib', 'contextvars'}
+STANDARD |= {'math', 're', 'sys', 'types', 'typing', 'zlib', '__future__', 'contextlib'}
+STANDARD |= {'contextvars'}
 
 
 def sources() -> dict[str, pathlib.Path]:

@@ -26,32 +26,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from wallwm_jax.errors import CheckpointError as CheckpointError
+from wallwm_jax.errors import ConfigError as ConfigError
+from wallwm_jax.errors import CorruptStoreError as CorruptStoreError
+from wallwm_jax.errors import DataError as DataError
+from wallwm_jax.errors import StatsMismatchError as StatsMismatchError
+from wallwm_jax.errors import WallWMError as WallWMError
+
 Params = dict[str, Any]  # nested dict of arrays; never a Flax object
 PRNGKey = Array
-
-
-class WallWMError(Exception):
-  """Base of the errors this project raises on purpose; the message says expected, got and where."""
-
-
-class ConfigError(WallWMError, ValueError):
-  """A configuration that cannot be run."""
-
-
-class DataError(WallWMError, ValueError):
-  """Input data that breaks its schema."""
-
-
-class CorruptStoreError(DataError):
-  """A store whose bytes are not the bytes that were written."""
-
-
-class CheckpointError(WallWMError, ValueError):
-  """A checkpoint that does not belong to this model, or could not be written or read."""
-
-
-class StatsMismatchError(WallWMError, ValueError):
-  """Normalisation statistics that differ from those a model was trained with."""
 
 
 def path_string(key_path) -> str:

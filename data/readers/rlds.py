@@ -1,107 +1,66 @@
-"""RLDS / TFDS data sets in TFRecord form, read without TensorFlow.
+"""RLDS / TFDS data sets in TFRecord or ArrayRecord form, read without TensorFlow (or TFDS).
 
-The layout understood is BridgeData V2's: one record per episode with `steps` of 7-D state (x, y, z
-m, roll, pitch, yaw rad, gripper 0..1, 1 = open) and 7-D action. What its action means was checked
-on real clips: position and rotation are increments in the robot base frame (rotation applied from
-the left) that bring state[t] towards state[t + 1], the gripper is the absolute command.
+`features.json` says what there is, `dataset_info.json` which files; a record is one episode as a
+tf.train.Example whose names are paths ('steps/observation/state') and whose lists run over all
+steps. What the numbers mean says a DatasetSpec (detected for BridgeData V2).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import io
+import json
 import os
 import pathlib
-import re
-import struct
 from collections.abc import Iterator
-from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
-import tensorflow_datasets as tfds
+from PIL import Image
 
-from wallwm_jax.data.schema import EpisodeRecord, EventSpan, Quarantined
-from wallwm_jax.geometry.poses import euler_to_matrix, matmul3, matrix_to_rot6d
-from wallwm_jax.types import DataError
+from wallwm_jax.data.readers import annotations
+from wallwm_jax.data.readers.canonical import robot_poses
+from wallwm_jax.data.readers.features import Feature, Features, check_spec
+from wallwm_jax.data.readers.layouts import rlds_layout
+from wallwm_jax.data.readers.spec import DatasetSpec, Text
+from wallwm_jax.data.readers.tfrecord import Values, parse_example, read_tfrecords
+from wallwm_jax.data.schema import EpisodeRecord, Quarantined
+from wallwm_jax.errors import DataError
 
-GRIPPER_SLACK = 0.05  # sensor overshoot that is clipped; more means another convention
-UNLABELLED = 'unlabelled'
-
-
-@dataclasses.dataclass(frozen=True)
-class RldsSpec:
-  """Which feature of a data set is what.
-
-  cameras: image features of `observation`, they name the views; present: episode_metadata flag of a
-  camera ('{}' is its name). state, instruction: feature names. action: 'delta' (base-frame
-  increments) or 'absolute' target poses.
-  """
-
-  cameras: tuple[str, ...]
-  present: str = 'has_{}'
-  state: str = 'state'
-  instruction: str = 'language_instruction'
-  action: Literal['delta', 'absolute'] = 'delta'
-  fps: float = 5.0
-
-  @classmethod
-  def detect(cls, features: Any) -> RldsSpec:
-    """The Bridge layout with whatever cameras the data set has; raises DataError if it has another
-    one."""
-    steps = features['steps'].feature
-    expected = {'observation': None, 'action': (7,), 'language_instruction': ()}
-    for name, shape in expected.items():
-      if name not in steps or (shape is not None and tuple(steps[name].shape) != shape):
-        got = tuple(steps[name].shape) if name in steps else f'only {sorted(steps)}'
-        raise DataError(
-          f'RLDS steps: expected feature {name!r} of shape {shape}, got {got}. Pass an RldsSpec.'
-        )
-    observation = steps['observation']
-    if 'state' not in observation or tuple(observation['state'].shape) != (7,):
-      raise DataError(
-        f'RLDS observation: expected a 7-D state, got {sorted(observation)}. Pass an RldsSpec.'
-      )
-    cameras = tuple(
-      sorted(k for k in observation if isinstance(observation[k], tfds.features.Image))
-    )
-    if not cameras:
-      raise DataError(f'RLDS observation: expected image features, got {sorted(observation)}.')
-    return cls(cameras)
+METADATA = 'episode_metadata/'
+FORMATS = ('tfrecord', 'array_record')
 
 
 class RldsReader:
   """Iterates over the episodes of one split as EpisodeRecord | Quarantined.
 
   Args:
-    source: directory with features.json and the TFRecord files (or its parent, if that holds one
+    source: directory with features.json and the record files (or its parent, if that holds one
       version).
     split: TFDS split; spec: None detects the Bridge layout.
 
   Raises:
-    DataError: not such a directory, features that do not fit, or (while iterating) a file that is
-      truncated, has a corrupt record length, or fewer records than promised.
+    UnknownLayoutError: no spec, and not the Bridge layout.
+    DataError: not such a directory, a spec that does not fit the features, or (while iterating) a
+      file that is truncated, has a corrupt record length, or fewer records than promised.
   """
 
-  def __init__(self, source: str | os.PathLike, split: str = 'train', spec: RldsSpec | None = None):
-    self._dir = _version_dir(pathlib.Path(source))
-    self._info = tfds.builder_from_directory(str(self._dir)).info
-    if split not in self._info.splits:
-      raise DataError(f'{self._dir}: expected split {split!r}, found {sorted(self._info.splits)}.')
-    self._files = [pathlib.Path(path) for path in self._info.splits[split].filepaths]
-    bad = [path.name for path in self._files if '.tfrecord' not in path.name]
-    if bad:
-      raise DataError(f'{self._dir}: expected TFRecord files, got {bad[0]}.')
-    self._shard_lengths = self._info.splits[split].shard_lengths
-    self.spec = spec or RldsSpec.detect(self._info.features)
-    self.name = self._info.name
+  def __init__(
+    self, source: str | os.PathLike, split: str = 'train', spec: DatasetSpec | None = None
+  ):
+    self.info = RldsInfo(source)
+    self._files = self.info.files(split)
+    self.spec = spec or rlds_layout(self.info.folder, self.info.features)
+    check_spec(self.spec, self.info.features)
+    self.name = self.spec.name or self.info.name
+    if self.spec.fps is None:
+      raise DataError(f'{self.info.folder}: RLDS records no frame rate; set fps (Hz) in the spec.')
 
   def __len__(self) -> int:
-    return sum(self._shard_lengths)
+    return sum(count for _, count in self._files)
 
   def __iter__(self) -> Iterator[EpisodeRecord | Quarantined]:
-    for path, expected in zip(self._files, self._shard_lengths, strict=True):
+    for path, expected in self._files:
       found = 0
-      for raw in read_tfrecords(path):
+      for raw in self.info.records(path):
         yield self._read(f'{path.name}#{found}', raw)
         found += 1
       if found != expected:
@@ -113,125 +72,241 @@ class RldsReader:
     if raw is None:
       return Quarantined(place, self.name, 'record payload does not match its checksum')
     try:
-      episode = self._info.features.deserialize_example_np(raw)
-      steps = list(episode['steps'])
-    except Exception as error:  # tfds raises whatever the malformed bytes provoke
-      return Quarantined(place, self.name, f'record cannot be decoded ({type(error).__name__})')
-    metadata = episode.get('episode_metadata', {})
-    name = f'{_text(metadata["file_path"])}#{place}' if 'file_path' in metadata else place
+      episode = Episode(parse_example(raw), self.info.features)
+    except DataError as error:
+      return Quarantined(place, self.name, f'record cannot be decoded ({error})')
+    file_path = episode.metadata_text('file_path')
+    name = f'{file_path}#{place}' if file_path else place
     try:
-      return self._record(name, steps, metadata)
+      return self._record(name, episode)
     except DataError as error:
       return Quarantined(name, self.name, str(error))
 
-  def _record(self, name: str, steps: list[dict], metadata: dict) -> EpisodeRecord:
-    if len(steps) < 2:
-      raise DataError(f'expected at least 2 steps, got {len(steps)}')
-    frames = {
-      camera: np.stack([s['observation'][camera] for s in steps]) for camera in self.spec.cameras
-    }
-    views = self._present(frames, metadata)
-    raw_state = np.stack([s['observation'][self.spec.state] for s in steps])
-    state = canonical_pose(raw_state)
-    actions = commanded_pose(raw_state, np.stack([s['action'] for s in steps]), self.spec.action)
-    instruction = _text(steps[0][self.spec.instruction])
-    captions = {'L3': instruction, 'L1': instruction} if instruction else {}
-    event = EventSpan(
-      0, len(steps), leading_verb(instruction), captions, () if instruction else ('no_caption',)
+  def _record(self, name: str, episode: Episode) -> EpisodeRecord:
+    spec = self.spec
+    values = {feature: episode.numbers(feature) for feature in spec.numeric_features}
+    frames = self._present({c.view: episode.images(c.feature) for c in spec.cameras}, episode)
+    lengths = {len(x) for x in (*values.values(), *frames.values())}
+    if len(lengths) != 1 or min(lengths) < 2:
+      raise DataError(f'expected one length of at least 2 steps, got {sorted(lengths)}')
+    (length,) = lengths
+    state, actions = robot_poses(spec, self.info.features, values)
+    captions = tuple(
+      span
+      for text in spec.captions or ()
+      for span in annotations.caption_spans(text.level, episode.spans(text, length))
     )
+    marked = spec.events.feature if spec.events else ''
+    marks = episode.spans(spec.events, length, ids=marked) if marked else []
+    events = annotations.marked_events(marks, length)
     return EpisodeRecord(
       episode_id=name,
       source=self.name,
-      fps=self.spec.fps,
-      views=views,
-      frames={view: frames[view] for view in views},
+      fps=spec.fps,
+      views=tuple(frames),
+      frames=frames,
       state=state,
       actions=actions,
-      events=(event,),
-      calibration={view: None for view in views},
+      events=events or annotations.whole_episode(captions, length),
+      calibration={view: None for view in frames},
+      captions=captions,
+      provenance={'read': {'format': 'rlds', 'events': marked if events else ''}},
     )
 
-  def _present(self, frames: dict[str, np.ndarray], metadata: dict) -> tuple[str, ...]:
+  def _present(self, frames: dict[str, np.ndarray], episode: Episode) -> dict[str, np.ndarray]:
     """Cameras that really recorded. Where the flags are set they decide, and a flagged but blank
     camera is an error; where none is set (published samples leave them all False) the pixels
-    decide."""
-    flags = {
-      camera: bool(metadata.get(self.spec.present.format(camera), False)) for camera in frames
-    }
-    blank = {camera: int(x.min()) == int(x.max()) for camera, x in frames.items()}
+    decide. Cameras without a flag must have recorded."""
+    flags = {c.view: not c.present or episode.flag(c.present) for c in self.spec.cameras}
+    blank = {view: int(x.min()) == int(x.max()) for view, x in frames.items()}
     if any(flags.values()):
-      broken = [camera for camera in frames if flags[camera] and blank[camera]]
+      broken = [view for view in frames if flags[view] and blank[view]]
       if broken:
         raise DataError(f'missing camera: {broken} are flagged as present but blank')
-      return tuple(camera for camera in frames if flags[camera])
-    views = tuple(camera for camera in frames if not blank[camera])
+      return {view: x for view, x in frames.items() if flags[view]}
+    views = {view: x for view, x in frames.items() if not blank[view]}
     if not views:
       raise DataError(f'missing camera: all of {sorted(frames)} are blank')
     return views
 
 
-def canonical_pose(x: np.ndarray) -> np.ndarray:
-  """[T, 7] (x y z m, roll pitch yaw rad, gripper) -> float32 [T, 10]; raises DataError on another
-  gripper range."""
-  x = np.asarray(x, np.float64)
-  return _pose(x[:, :3], euler_to_matrix(x[:, 3:6]), x[:, 6:])
+class RldsInfo:
+  """What a TFDS directory says about itself; raises DataError if it is none.
 
-
-def commanded_pose(state: np.ndarray, action: np.ndarray, convention: str) -> np.ndarray:
-  """Absolute targets, float32 [T, 10], of actions [T, 7] given the measured states [T, 7]."""
-  if convention == 'absolute':
-    return canonical_pose(action)
-  state, action = np.asarray(state, np.float64), np.asarray(action, np.float64)
-  rotation = matmul3(euler_to_matrix(action[:, 3:6]), euler_to_matrix(state[:, 3:6]))
-  return _pose(state[:, :3] + action[:, :3], rotation, action[:, 6:])
-
-
-def leading_verb(instruction: str) -> str:
-  """The balancing label of an imperative instruction: its first word."""
-  words = re.findall(r'[a-z]+', instruction.lower())
-  return words[0] if words else UNLABELLED
-
-
-def read_tfrecords(path: pathlib.Path) -> Iterator[bytes | None]:
-  """Payloads of a TFRecord file; None for a record whose payload checksum fails.
-
-  Raises:
-    DataError: the file ends inside a record or a record's length is corrupt (nothing after it can
-      be found).
+  features: {name: Feature}, paths below `steps`, and 'episode_metadata/...'.
   """
-  with open(path, 'rb') as f:
-    number = 0
-    while header := f.read(12):
-      if len(header) < 12:
-        raise DataError(f'{path}: truncated in the header of record {number}.')
-      length, length_crc = struct.unpack('<QI', header)
-      if _masked_crc(header[:8]) != length_crc:
-        raise DataError(f'{path}: length of record {number} does not match its checksum.')
-      payload, tail = f.read(length), f.read(4)
-      if len(payload) < length or len(tail) < 4:
-        raise DataError(f'{path}: truncated in record {number} ({len(payload)} of {length} bytes).')
-      yield payload if _masked_crc(payload) == struct.unpack('<I', tail)[0] else None
-      number += 1
 
+  def __init__(self, source: str | os.PathLike):
+    self.folder = _version_dir(pathlib.Path(source))
+    self._info = _load_json(self.folder / 'dataset_info.json')
+    self.features: Features = _features(_load_json(self.folder / 'features.json'))
+    self.name, self.version = self._info.get('name', self.folder.parent.name), self._info['version']
+    self.format = self._info.get('fileFormat', 'tfrecord')
+    if self.format not in FORMATS:
+      raise DataError(f'{self.folder}: expected files of format {FORMATS}, got {self.format!r}.')
+    self.splits = {
+      s['name']: [int(n) for n in s['shardLengths']] for s in self._info.get('splits', ())
+    }
 
-def _masked_crc(data: bytes) -> int:
-  """TFRecord's crc32c: rotated right by 15 bits plus a constant."""
-  crc = google_crc32c.value(data)
-  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+  def files(self, split: str) -> list[tuple[pathlib.Path, int]]:
+    """Record files of a split and how many records each holds; raises DataError."""
+    if split not in self.splits:
+      raise DataError(f'{self.folder}: expected split {split!r}, found {sorted(self.splits)}.')
+    shards = self.splits[split]
+    paths = [self._path(split, i, len(shards)) for i in range(len(shards))]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+      raise DataError(
+        f'{self.folder}: expected {len(paths)} files of split {split!r}, {absent} are missing. '
+        'Download them again.'
+      )
+    return list(zip(paths, shards, strict=True))
 
-
-def _pose(position: np.ndarray, rotation: np.ndarray, gripper: np.ndarray) -> np.ndarray:
-  if gripper.min() < -GRIPPER_SLACK or gripper.max() > 1 + GRIPPER_SLACK:
-    raise DataError(
-      f'gripper: expected 0..1 (1 = open), got {gripper.min():.3g}..{gripper.max():.3g}'
+  def _path(self, split: str, shard: int, count: int) -> pathlib.Path:
+    template = next(s for s in self._info['splits'] if s['name'] == split).get(
+      'filepathTemplate', '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
     )
-  return np.concatenate([position, matrix_to_rot6d(rotation), np.clip(gripper, 0, 1)], -1).astype(
-    np.float32
-  )
+    names = {'DATASET': self.name, 'SPLIT': split, 'FILEFORMAT': self.format}
+    names['SHARD_X_OF_Y'] = f'{shard:05d}-of-{count:05d}'
+    try:
+      return self.folder / template.format(**names)
+    except (KeyError, IndexError, ValueError):
+      raise DataError(f'{self.folder}: cannot read the file name template {template!r}.') from None
+
+  def records(self, path: pathlib.Path) -> Iterator[bytes | None]:
+    """Payloads of one file; None where a checksum fails."""
+    return read_tfrecords(path) if self.format == 'tfrecord' else _read_array_records(path)
+
+
+class Episode:
+  """The lists of one record, shaped as its features say. Every method raises DataError."""
+
+  def __init__(self, lists: dict[str, Values], features: Features):
+    self._lists, self._features = lists, features
+
+  def numbers(self, name: str) -> np.ndarray:
+    """[T, ...] of a number feature of the steps."""
+    x, shape = self._list(f'steps/{name}'), self._features[name].shape
+    if not isinstance(x, np.ndarray) or min(shape, default=1) < 1 or x.size % int(np.prod(shape)):
+      raise DataError(f'{name}: expected numbers of shape {shape} per step, got {len(x)} values')
+    return x.reshape(-1, *shape)
+
+  def texts(self, name: str) -> list[str]:
+    """Text per step."""
+    return [_text(value) for value in self._list(f'steps/{name}')]
+
+  def images(self, name: str) -> np.ndarray:
+    """uint8 [T, H, W, 3] of a camera."""
+    frames = []
+    for i, encoded in enumerate(self._list(f'steps/{name}')):
+      try:
+        frames.append(np.asarray(Image.open(io.BytesIO(encoded)).convert('RGB')))
+      except (OSError, TypeError, SyntaxError) as error:
+        raise DataError(f'{name}: image of step {i} cannot be decoded ({error})') from None
+    shapes = {frame.shape for frame in frames}
+    declared = self._features[name].shape
+    if len(shapes) != 1 or any(d not in (-1, g) for d, g in zip(declared, next(iter(shapes)))):
+      raise DataError(f'{name}: expected images of shape {declared}, got {sorted(shapes)}')
+    return np.stack(frames)
+
+  def spans(self, text: Text, length: int, ids: str = '') -> list[annotations.Span]:
+    """Where a text holds. ids: events are wanted: name an id without a label by it."""
+    name = text.feature
+    if name not in self._features:
+      raise DataError(f'expected a feature {name!r}, got {sorted(self._features)}')
+    if name.startswith(METADATA):
+      return annotations.text_spans([self.metadata_text(name.removeprefix(METADATA))] * length)
+    if self._features[name].kind == 'text':
+      values = self.texts(name)
+      spans = annotations.text_spans(values)
+    elif text.labels or ids:
+      values = self.numbers(name).reshape(-1).tolist()
+      spans = annotations.id_spans(values, text.labels, ids)
+    else:
+      raise DataError(f'{name}: expected text, got numbers. Give their labels in the spec')
+    if len(values) != length:
+      raise DataError(f'{name}: expected {length} steps, got {len(values)}')
+    return spans
+
+  def flag(self, name: str) -> bool:
+    """A boolean of the episode's metadata; False where the record has none."""
+    value = self._lists.get(name, ())
+    return bool(len(value) and value[0])
+
+  def metadata_text(self, name: str) -> str:
+    """A text of the episode's metadata; '' where the record has none."""
+    value = self._lists.get(METADATA + name, ())
+    return _text(value[0]) if isinstance(value, list) and value else ''
+
+  def _list(self, path: str) -> Values:
+    if path not in self._lists or not len(self._lists[path]):
+      raise DataError(f'expected {path!r}, the record has {sorted(self._lists)}')
+    return self._lists[path]
+
+
+def _features(tree: dict) -> Features:
+  found = dict(_walk(tree, ''))
+  if not any(path.startswith('steps/') for path in found):
+    raise DataError(f'features.json: expected RLDS steps, got {sorted(found)}.')
+  kept = ('steps/', METADATA)
+  return {path.removeprefix('steps/'): f for path, f in found.items() if path.startswith(kept)}
+
+
+def _walk(node: dict, path: str) -> Iterator[tuple[str, Feature]]:
+  """Leaves of features.json by path."""
+  if 'featuresDict' in node:
+    for name, child in node['featuresDict']['features'].items():
+      yield from _walk(child, f'{path}/{name}' if path else name)
+  elif path == 'steps' and 'sequence' in node:
+    yield from _walk(node['sequence']['feature'], path)
+  else:
+    yield path, _leaf(node)
+
+
+def _leaf(node: dict) -> Feature:
+  body = node.get('tensor') or node.get('image') or {}
+  shape = tuple(int(n) for n in body.get('shape', {}).get('dimensions', ()))
+  dtype = body.get('dtype', '')
+  if 'text' in node:
+    return Feature('text', 'string', ())
+  if 'classLabel' in node:
+    return Feature('number', 'int64', ())
+  if 'image' in node and dtype in ('', 'uint8') and shape[2:] == (3,):
+    return Feature('camera', 'uint8', shape)
+  if 'tensor' in node and dtype in ('string', 'object'):
+    return Feature('text' if not shape else 'other', 'string', shape)
+  plain = 'tensor' in node and body.get('encoding', 'none') == 'none'
+  return Feature('number' if plain else 'other', dtype, shape)
+
+
+def _read_array_records(path: pathlib.Path) -> Iterator[bytes | None]:
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  try:
+    reader = ArrayRecordReader(str(path))
+    count = reader.num_records()
+  except (RuntimeError, ValueError, IndexError) as error:
+    raise DataError(f'{path}: expected an ArrayRecord file ({error}).') from None
+  for i in range(count):
+    try:
+      yield reader.read([i])[0]
+    except (RuntimeError, ValueError, IndexError):
+      yield None
+  try:
+    reader.close()
+  except RuntimeError:  # how it tells that it stopped before the end of the file
+    raise DataError(f'{path}: damaged ArrayRecord file, {count} records found.') from None
 
 
 def _text(value: bytes | str) -> str:
   return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
+
+
+def _load_json(path: pathlib.Path) -> dict:
+  try:
+    return json.loads(path.read_text('utf-8'))
+  except (OSError, ValueError) as error:
+    raise DataError(f'{path}: expected a JSON file of TFDS ({error}).') from None
 
 
 def _version_dir(source: pathlib.Path) -> pathlib.Path:

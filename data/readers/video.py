@@ -11,7 +11,7 @@ import numpy as np
 
 from wallwm_jax.data import images
 from wallwm_jax.data.schema import EpisodeRecord, EventSpan, Quarantined
-from wallwm_jax.types import DataError
+from wallwm_jax.errors import DataError
 
 SUFFIXES = ('.mp4', '.mkv', '.webm', '.avi', '.mov')
 
@@ -41,8 +41,7 @@ class VideoReader:
     self._size, self._fps, self._event_frames = tuple(image_size), fps, event_frames
     if event_frames < 2:
       raise DataError(f'event_frames: expected at least 2, got {event_frames}.')
-    folders = [self._source, *sorted(p for p in self._source.glob('*') if p.is_dir())]
-    self._folders = [folder for folder in folders if _videos(folder)]
+    self._folders = video_folders(self._source)
     if not self._folders:
       raise DataError(
         f'{self._source}: expected a folder of videos {SUFFIXES}, or of such folders; found none.'
@@ -60,7 +59,7 @@ class VideoReader:
 
   def _read(self, folder: pathlib.Path) -> EpisodeRecord:
     frames, masks, rates = {}, {}, {}
-    for path in _videos(folder):
+    for path in video_files(folder):
       frames[path.stem], masks[path.stem], rates[path.stem] = self._decode(path)
     if len(set(rates.values())) > 1:
       raise DataError(f'cameras differ in frame rate: {rates} Hz')
@@ -109,5 +108,12 @@ def fixed_spans(num_frames: int, length: int) -> tuple[EventSpan, ...]:
   )
 
 
-def _videos(folder: pathlib.Path) -> list[pathlib.Path]:
+def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The cameras of one episode."""
   return sorted(p for p in folder.glob('*') if p.suffix.lower() in SUFFIXES)
+
+
+def video_folders(source: pathlib.Path) -> list[pathlib.Path]:
+  """The episodes: `source` or folders in it, as far as they hold videos."""
+  folders = [source, *sorted(p for p in source.glob('*') if p.is_dir())]
+  return [folder for folder in folders if video_files(folder)]

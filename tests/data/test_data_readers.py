@@ -2,18 +2,26 @@ import dataclasses
 import io
 import json
 import struct
+import subprocess
+import sys
 
 import av
 import google_crc32c
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from wallwm_jax.data.build import build_store
-from wallwm_jax.data.readers import rlds
-from wallwm_jax.data.readers.rlds import RldsReader
+from wallwm_jax.data.readers.annotations import leading_verb
+from wallwm_jax.data.readers.features import UnknownLayoutError
+from wallwm_jax.data.readers.rlds import Episode, RldsInfo, RldsReader
+from wallwm_jax.data.readers.spec import Text
+from wallwm_jax.data.readers.tfrecord import parse_example, read_tfrecords
 from wallwm_jax.data.readers.video import VideoReader, fixed_spans
 from wallwm_jax.data.schema import Quarantined, validate
 from wallwm_jax.data.store import EventStore
@@ -42,7 +50,7 @@ def _example(features):
       body = _field(2, _field(1, value.astype('<f4').tobytes()))  # float_list, packed
     else:
       body = _field(
-        3, _field(1, b''.join(_varint(int(v)) for v in value.ravel()))
+        3, _field(1, b''.join(_varint(int(v) % 2**64) for v in value.ravel()))
       )  # int64_list, packed
     entries += _field(1, _field(1, key.encode()) + _field(2, body))
   return _field(1, entries)
@@ -79,7 +87,12 @@ def make_raw(seed, steps=5, instruction='put the cup down', present=(True, True)
   }
 
 
-def write_rlds(root, episodes):
+def _per_step(instruction, steps):
+  texts = [instruction] * steps if isinstance(instruction, str) else instruction
+  return [text.encode() for text in texts]
+
+
+def write_rlds(root, episodes, file_format='tfrecord'):
   steps = {
     'observation': {
       'image_0': tfds.features.Image(shape=(8, 8, 3), encoding_format='png'),
@@ -105,7 +118,7 @@ def write_rlds(root, episodes):
         **{f'steps/observation/image_{k}': [_png(x) for x in e['image'][k]] for k in range(2)},
         'steps/observation/state': e['state'],
         'steps/action': e['action'],
-        'steps/language_instruction': [e['instruction'].encode()] * len(e['state']),
+        'steps/language_instruction': _per_step(e['instruction'], len(e['state'])),
         **{
           f'episode_metadata/has_image_{k}': np.array([e['present'][k]], np.int64) for k in range(2)
         },
@@ -113,14 +126,20 @@ def write_rlds(root, episodes):
     )
     for e in episodes
   ]
-  path = folder / 'toy-train.tfrecord-00000-of-00001'
-  path.write_bytes(b''.join(map(_frame, raw)))
+  path = folder / f'toy-train.{file_format}-00000-of-00001'
+  if file_format == 'tfrecord':
+    path.write_bytes(b''.join(map(_frame, raw)))
+  else:
+    writer = ArrayRecordWriter(str(path), 'group_size:1')
+    for episode in raw:
+      writer.write(episode)
+    writer.close()
   (folder / 'dataset_info.json').write_text(
     json.dumps(
       {
         'name': 'toy',
         'version': '1.0.0',
-        'fileFormat': 'tfrecord',
+        'fileFormat': file_format,
         'moduleName': 'toy.toy',
         'splits': [
           {
@@ -158,8 +177,14 @@ def test_reader_agrees_with_an_independent_computation(tmp_path):
   assert (records[0].fps, records[0].events[0].label) == (5.0, 'put')
   assert records[1].event_captions(records[1].events[0]) == {'L1': 'Turn lever', 'L3': 'Turn lever'}
   assert (records[1].events[0].start, records[1].events[0].end) == (0, 3)
-  absolute = RldsReader(tmp_path, spec=dataclasses.replace(reader.spec, action='absolute'))
+  absolute = RldsReader(tmp_path, spec=with_convention(reader.spec, 'absolute'))
   np.testing.assert_allclose(next(iter(absolute)).actions[:, :3], raw[0]['action'][:, :3])
+
+
+def with_convention(spec, convention):
+  (arm,) = spec.arms
+  action = dataclasses.replace(arm.action, convention=convention)
+  return dataclasses.replace(spec, arms=(dataclasses.replace(arm, action=action),))
 
 
 def test_absent_cameras_are_dropped_and_blank_ones_refused(tmp_path):
@@ -229,16 +254,106 @@ def test_foreign_layouts_are_refused(tmp_path):
     RldsReader(tmp_path / 'nowhere')
   write_rlds(tmp_path / 'toy', [make_raw(0)])
   features = tmp_path / 'toy' / '1.0.0' / 'features.json'
-  features.write_text(features.read_text().replace('"7"', '"8"'))
-  with pytest.raises(DataError, match=r"'action' of shape \(7,\), got \(8,\).*RldsSpec"):
-    RldsReader(tmp_path / 'toy')
   with pytest.raises(DataError, match="split 'test'"):
     RldsReader(tmp_path / 'toy', split='test')
+  features.write_text(features.read_text().replace('"7"', '"8"'))
+  with pytest.raises(
+    UnknownLayoutError, match=r"'action' of shape \(7,\), got \(8,\)(.|\n)*--spec"
+  ):
+    RldsReader(tmp_path / 'toy')
+
+
+def test_array_records_are_read_like_tfrecords(tmp_path):
+  raw = [make_raw(i, steps=3 + i) for i in range(3)]
+  write_rlds(tmp_path / 'a', raw)
+  path = write_rlds(tmp_path / 'b', raw, 'array_record')
+  for a, b in zip(RldsReader(tmp_path / 'a'), RldsReader(tmp_path / 'b'), strict=True):
+    np.testing.assert_array_equal(a.state, b.state)
+    np.testing.assert_array_equal(a.frames['image_1'], b.frames['image_1'])
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+  with pytest.raises(DataError, match='ArrayRecord'):
+    list(RldsReader(tmp_path / 'b'))
+  path.unlink()
+  with pytest.raises(DataError, match='are missing'):
+    RldsReader(tmp_path / 'b')
+
+
+def test_text_that_changes_is_captions_and_marks_events(tmp_path):
+  raw = make_raw(0, steps=6)
+  raw['instruction'] = ['reach it'] * 2 + ['grasp it'] * 3 + ['lift it']
+  write_rlds(tmp_path, [raw])
+  spec = dataclasses.replace(RldsReader(tmp_path).spec, events=Text('language_instruction'))
+  (record,) = RldsReader(tmp_path, spec=spec)
+  validate(record)
+  # Action 1 leads from frame 1 to frame 2; the last frame has none and so no event of its own.
+  assert [(e.start, e.end, e.label) for e in record.events] == [(0, 3, 'reach'), (2, 6, 'grasp')]
+  assert [(c.level, c.start, c.end, c.text) for c in record.captions if c.level == 'L1'] == [
+    ('L1', 0, 2, 'reach it'),
+    ('L1', 2, 5, 'grasp it'),
+    ('L1', 5, 6, 'lift it'),
+  ]
+
+
+def test_a_spec_needs_the_frame_rate_and_features_that_exist(tmp_path):
+  write_rlds(tmp_path, [make_raw(0)])
+  spec = RldsReader(tmp_path).spec
+  with pytest.raises(DataError, match='fps'):
+    RldsReader(tmp_path, spec=dataclasses.replace(spec, fps=None))
+  camera = dataclasses.replace(spec.cameras[0], feature='observation/wrist')
+  with pytest.raises(DataError, match='observation/wrist'):
+    RldsReader(tmp_path, spec=dataclasses.replace(spec, cameras=(camera,)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)), st.lists(st.binary(max_size=9)))
+def test_wire_format_round_trips(integers, texts):
+  floats = np.random.default_rng(len(texts)).standard_normal(5).astype(np.float32)
+  parsed = parse_example(_example({'i': np.array(integers, np.int64), 'f': floats, 'b': texts}))
+  assert parsed['i'].tolist() == integers and parsed['b'] == texts
+  np.testing.assert_array_equal(parsed['f'], floats)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=60))
+def test_noise_is_refused_or_parsed_but_never_crashes(noise):
+  try:
+    parse_example(noise)
+  except DataError:
+    pass
+
+
+def test_example_parser_agrees_with_tfds(shared_data):
+  """Every feature of real records, decoded by tensorflow_datasets."""
+  folder = shared_data / 'bridge_rlds' / '1.0.0'
+  features = tfds.builder_from_directory(str(folder)).info.features
+  (path,) = folder.glob('*.tfrecord*')
+  for raw in list(read_tfrecords(path))[:3]:
+    want = list(features.deserialize_example_np(raw)['steps'])
+    got = Episode(parse_example(raw), RldsInfo(folder).features)
+    for name in ('observation/state', 'action', 'language_embedding', 'is_last'):
+      steps = [step['observation']['state'] if '/' in name else step[name] for step in want]
+      np.testing.assert_array_equal(got.numbers(name), np.stack(steps))
+    for k in range(4):
+      steps = [step['observation'][f'image_{k}'] for step in want]
+      np.testing.assert_array_equal(got.images(f'observation/image_{k}'), np.stack(steps))
+
+
+def test_importing_readers_brings_no_framework():
+  code = (
+    'import sys; from wallwm_jax.data.readers import lerobot, probe, rlds, video; '
+    'from wallwm_jax.data.writers import lerobot; '
+    "print([m for m in ('jax', 'tensorflow', 'tensorflow_datasets', 'torch', 'pandas', 'scipy') "
+    'if m in sys.modules])'
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert run.stdout.strip() == '[]'
 
 
 def test_real_bridge_clips(shared_data, tmp_path):
   reader = RldsReader(shared_data / 'bridge_rlds')
-  assert reader.spec.cameras == ('image_0', 'image_1', 'image_2', 'image_3')
+  views = [camera.view for camera in reader.spec.cameras]
+  assert views == ['image_0', 'image_1', 'image_2', 'image_3']
   report = build_store(reader, tmp_path / 's', progress=False)
   assert (report['read'], report['episodes'], report['events'], report['frames']) == (
     25,
@@ -336,7 +451,7 @@ def test_real_droid_videos(shared_data):
 
 
 def test_leading_verb():
-  assert [rlds.leading_verb(x) for x in ('Put the pot', '  turn, now', '', '42')] == [
+  assert [leading_verb(x) for x in ('Put the pot', '  turn, now', '', '42')] == [
     'put',
     'turn',
     'unlabelled',

@@ -22,7 +22,10 @@ def add_parser(verbs) -> None:
     actions, 'build', 'build an event store from raw episodes', example, run=build
   )
   build_.add_argument('--reader', required=True, choices=tuple(READERS), help='what the source is')
-  build_.add_argument('--source', help='folder of the raw data (rlds, video)')
+  build_.add_argument('--source', help='folder of the raw data (lerobot, rlds, video)')
+  build_.add_argument(
+    '--spec', help='lerobot, rlds: YAML file that says what state and action mean (known layouts)'
+  )
   build_.add_argument('--out', required=True, help='new folder for the store')
   build_.add_argument(
     '--heldout', type=float, default=0.2, help='fraction of held-out episodes (0.2)'
@@ -37,14 +40,17 @@ def add_parser(verbs) -> None:
   build_.add_argument('--mix', default='mixed', help='tabletop: mixed, single or multi (mixed)')
   build_.add_argument('--seed', type=int, default=0, help='tabletop: seed (0)')
 
-  for name, run, summary in (
-    ('inspect', inspect, 'what a store holds, and what was quarantined and why'),
-    ('verify', verify, 'read every byte of a store and compare its checksums'),
-  ):
-    parser = common.add_verb(
-      actions, name, summary, f'wallwm data {name} runs/bridge/store', run=run
-    )
-    parser.add_argument('store', help='folder of the store')
+  summary = 'what a store holds and what was quarantined; what raw data is and what its spec lacks'
+  parser = common.add_verb(
+    actions, 'inspect', summary, 'wallwm data inspect runs/bridge/store', run=inspect
+  )
+  parser.add_argument('path', help='folder of a store or of raw data (lerobot, rlds, video)')
+
+  summary = 'read every byte of a store and compare its checksums'
+  parser = common.add_verb(
+    actions, 'verify', summary, 'wallwm data verify runs/bridge/store', run=verify
+  )
+  parser.add_argument('store', help='folder of the store')
 
   example = (
     'wallwm data stats runs/bridge/store --config experiments/bridge_sample.py --out stats.json'
@@ -80,10 +86,22 @@ def _add_encode(actions) -> None:
   parser.add_argument('--dtype', default='float16', choices=('float16', 'float32'))
 
 
+def _lerobot(args):
+  from wallwm_jax.data.readers.lerobot import LeRobotReader
+
+  return LeRobotReader(args.source, _spec(args))
+
+
 def _rlds(args):
   from wallwm_jax.data.readers.rlds import RldsReader
 
-  return RldsReader(args.source, args.split)
+  return RldsReader(args.source, args.split, _spec(args))
+
+
+def _spec(args):
+  from wallwm_jax.data.readers.spec import load_spec
+
+  return load_spec(args.spec) if args.spec else None
 
 
 def _video(args):
@@ -108,7 +126,7 @@ def _image_size(text: str) -> tuple[int, int]:
   return int(height), int(width)
 
 
-READERS = {'rlds': _rlds, 'video': _video, 'tabletop': _tabletop}
+READERS = {'lerobot': _lerobot, 'rlds': _rlds, 'video': _video, 'tabletop': _tabletop}
 
 
 def build(args: argparse.Namespace) -> None:
@@ -127,9 +145,13 @@ def build(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
   from wallwm_jax.data.inspect import show
+  from wallwm_jax.data.readers.probe import probe, raw_format
   from wallwm_jax.data.store import EventStore
 
-  show(EventStore(args.store))
+  if raw_format(args.path):
+    common.print_json(probe(args.path))
+  else:
+    show(EventStore(args.path))
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -8,11 +8,11 @@ accelerators would round the operands to bfloat16, which is millimetres at arm's
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+import sys
+
 import numpy as np
 
-from wallwm_jax.types import DataError
+from wallwm_jax.errors import DataError
 
 POSE_WIDTH = 10  # per arm: 3 position + 6 rotation + 1 gripper
 _TINY = 1e-12  # squared length below which a direction is considered undefined
@@ -20,7 +20,8 @@ _TINY = 1e-12  # squared length below which a direction is considered undefined
 
 def array_namespace(*arrays):
   """`jax.numpy` if any of the arrays is a JAX array (or tracer), else `numpy`."""
-  return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
+  jax = sys.modules.get('jax')  # not imported: none of the arrays can be one of its
+  return jax.numpy if jax and any(isinstance(x, jax.Array) for x in arrays) else np
 
 
 def matmul3(a, b):
