@@ -152,7 +152,7 @@ def make_dataset(
   return open_stream(
     config,
     PlanSource(store, config, process_count),
-    make_reader(config, store, norm, encode_text, prompts),
+    make_reader(config, store, norm, encode_text, prompts, jitter=True),
     plan,
     process_index,
     process_count,
@@ -203,6 +203,8 @@ def make_reader(
   norm: NormStats,
   encode_text: EncodeText,
   prompts: EncodePrompts | None = None,
+  *,
+  jitter: bool = False,
 ) -> WindowReader:
   """A WindowReader whose captions are encoded once, here, in the calling process."""
   captions = event_captions(store, config.data.window)
@@ -211,7 +213,7 @@ def make_reader(
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
   ask = prompts and Instructions(store, config.data.phrasing, prompts)
-  return WindowReader(store, config, norm, table, row, latents, ask)
+  return WindowReader(store, config, norm, table, row, latents, ask, jitter)
 
 
 def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
@@ -267,6 +269,7 @@ def fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
     k: v
     for k, v in dataclasses.asdict(config.data).items()
     if k not in ('store', 'latents', 'workers', 'threads', 'phrasing', 'text')
+    and (v or k not in ('photometric', 'crop'))  # off, as in runs from before there was jitter
   }
   shape = [
     config.model.views,

@@ -76,6 +76,8 @@ class DataConfig:
   balance: float = 0.5  # 0 = natural frequency, 1 = every label equally often
   stride: int = 1  # raw frames per model frame
   normalisation: Literal['meanstd', 'quantile'] = 'meanstd'
+  photometric: float = 0.0  # strength 0..1 of colour, blur and noise jitter in training; 0 = off
+  crop: float = 0.0  # largest part of each image side cut away in training, 0..0.5; 0 = off
   workers: int = 0  # Grain worker processes; never changes the batches
   threads: int = 2  # Grain read threads; never changes the batches
   seed: int = 0
@@ -94,6 +96,14 @@ class DataConfig:
       f'{self.window!r}. Chunk windows are encoded as they are cut: set data.latents to \'\'.',
     )
     require(0 <= self.balance <= 1, f'data.balance: expected 0..1, got {self.balance}.')
+    for name, most in (('photometric', 1), ('crop', 0.5)):
+      value = getattr(self, name)
+      require(0 <= value <= most, f'data.{name}: expected 0..{most}, got {value}.')
+      require(
+        not (self.latents and value),
+        f'data.latents={self.latents!r} and data.{name}={value}: precomputed latents cannot be '
+        f"jittered. Set data.latents='' to encode frames, or data.{name}=0.",
+      )
 
 
 @dataclasses.dataclass(frozen=True)
