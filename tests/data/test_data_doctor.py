@@ -246,7 +246,7 @@ def test_still_channels_and_outliers(tmp_path):
 
   def wild(position, rpy, grip):
     position = position * [0.2, 1, 1]
-    position[5, 0] += 12
+    position[5, 0] += 25
     return position, rpy, grip
 
   items = [_episode(i, actions=wild if i == 3 else None) for i in range(40)]
