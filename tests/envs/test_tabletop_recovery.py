@@ -1,7 +1,5 @@
 """Recovery starts around contact poses, and the demonstrations that begin there."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -47,13 +45,10 @@ def test_the_hand_starts_in_the_ball_around_the_contact_pose(starts):
   contact, state, _ = starts
   stage = state.physics.qpos[:, : mjcf.NUM_STAGE]
   offset = stage[:, :3] - contact[:, :3]
-  flat = np.linalg.norm(offset[:, :2], axis=1)
-  assert (flat <= CONFIG.recovery_radius + 1e-6).all()
   lifted = np.linalg.norm(offset, axis=1) > CONFIG.recovery_radius + 1e-6
-  # Where it is higher than the ball it is just above a cube.
-  assert np.allclose(stage[lifted, 2], stage[lifted, 2].min()) and stage[lifted, 2].max() < 0.065
-  assert 0 < lifted.sum() < 0.7 * COUNT
-  assert np.median(np.linalg.norm(offset[~lifted], axis=1)) > 0.4 * CONFIG.recovery_radius
+  assert (np.linalg.norm(offset[:, :2], axis=1) <= CONFIG.recovery_radius + 1e-6).all()
+  assert lifted.sum() < 0.1 * COUNT and (stage[lifted, 2] < 0.06).all()  # just above a cube
+  assert np.median(np.linalg.norm(offset, axis=1)) > 0.4 * CONFIG.recovery_radius
   assert (np.abs(stage[:, 3] - contact[:, 3]) <= 0.3 + 1e-6).all() and stage[:, 3].std() > 0.1
 
 
@@ -86,7 +81,7 @@ def test_the_script_leads_back_to_the_event(starts):
   # Only the hand was moved.
   np.testing.assert_array_equal(
     state.physics.qpos[:, mjcf.NUM_STAGE :], before.physics.qpos[:, mjcf.NUM_STAGE :])
-  opening = jax.vmap(functools.partial(physics.gripper_pose))(state.physics)[:, 9]
+  opening = jax.vmap(physics.gripper_pose)(state.physics)[:, 9]
   push = np.asarray(state.task.kind) == tasks.PUSH
   assert (opening[push] == 0).all() and (opening[~push] >= 0.3 - 1e-6).all()
 

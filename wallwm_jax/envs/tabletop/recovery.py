@@ -23,7 +23,9 @@ from wallwm_jax.envs.tabletop.config import TabletopConfig
 from wallwm_jax.envs.tabletop.state import TabletopState
 from wallwm_jax.types import PRNGKey
 
+_CANDIDATES = 8  # draws from the ball; the first without a finger in a cube is taken
 _YAW = 0.3  # rad, largest turn away from the contact pose
+_LEAST_OPEN = 0.3  # gripper opening
 _MARGIN = 0.002  # m between fingers and cubes where the hand starts
 _CLEAR = 2 * mjcf.CUBE_HALF + mjcf.PAD_SPREAD + mjcf.FINGER_HALF[1] + _MARGIN  # m, over cubes
 
@@ -77,40 +79,40 @@ def contact_pose(state: TabletopState) -> Float[Array, '5']:
   return jnp.concatenate([xy, jnp.stack([z, yaw, opening])])
 
 
-def blocked(
-  state: TabletopState, hand: Float[Array, '5'], margin: float = _MARGIN
-) -> Bool[Array, '']:
-  """Whether a finger of a hand at (x, y, z, yaw, gripper) would be inside a cube, seen from
-  above."""
+def blocked(state: TabletopState, hand: Float[Array, '5']) -> Bool[Array, '']:
+  """Whether a pad of a hand at (x, y, z, yaw, gripper) would be inside a cube, seen from above."""
   centres, quaternions = physics.cube_poses(state.physics)
   yaw = 2 * jnp.arctan2(quaternions[:, 3], quaternions[:, 0])
-  closing = jnp.stack([-jnp.sin(hand[3]), jnp.cos(hand[3])])
+  cos, sin = jnp.cos(hand[3]), jnp.sin(hand[3])
   reach = hand[4] * mjcf.FINGER_TRAVEL + mjcf.FINGER_HALF[1]
-  fingers = hand[:2] + jnp.asarray([[1.0], [-1.0]]) * reach * closing  # [2, 2]
-  offset = fingers[:, None] - centres[None, :, :2]  # [2, cubes, 2]
+  corners = jnp.asarray([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+  along = corners * jnp.stack([jnp.asarray(mjcf.PAD_SPREAD), reach])  # in the hand's x, y
+  pads = hand[:2] + along @ jnp.asarray([[cos, sin], [-sin, cos]])  # [4, 2]
+  offset = pads[:, None] - centres[:, :2]  # [4, cubes, 2]
   cos, sin = jnp.cos(yaw), jnp.sin(yaw)
   local = jnp.stack(
     [cos * offset[..., 0] + sin * offset[..., 1], cos * offset[..., 1] - sin * offset[..., 0]], -1
   )
-  # The pads are PAD_SPREAD wide along the hand's x axis, which may be turned against the cube.
-  near = mjcf.CUBE_HALF + mjcf.FINGER_HALF[1] + mjcf.PAD_SPREAD + margin
+  near = mjcf.CUBE_HALF + mjcf.FINGER_HALF[1] + _MARGIN
   return (jnp.abs(local) < near).all(-1).any()
 
 
 def perturb(key: PRNGKey, state: TabletopState, config: TabletopConfig) -> TabletopState:
   """A start state with an empty hand in the ball of config.recovery_radius around the contact pose
-  of the script's first event, above the cubes where the ball would put a finger into one."""
-  draws = tasks.Draws(key, 8)
+  of the script's first event; above the cubes where no draw keeps the fingers out of them."""
+  draws = tasks.Draws(key, 6 * _CANDIDATES)
   contact = contact_pose(state)
-  direction = jax.scipy.special.ndtri(draws(3, low=1e-4, high=1 - 1e-4))
-  length = config.recovery_radius * jnp.cbrt(draws())  # uniform in the ball
-  tip = contact[:3] + length * direction / jnp.linalg.norm(direction)
-  turn = draws(low=-_YAW, high=_YAW)
-  opening = jnp.where(contact[4] > 0, draws(low=0.3, high=1), 0.0)
-  hand = jnp.concatenate([tip, jnp.stack([contact[3] + turn, opening])])
-  hand = hand.at[2].set(jnp.where(blocked(state, hand), jnp.maximum(hand[2], _CLEAR), hand[2]))
+  direction = jax.scipy.special.ndtri(draws(_CANDIDATES, 3, low=1e-4, high=1 - 1e-4))
+  direction /= jnp.linalg.norm(direction, axis=-1, keepdims=True)
+  length = config.recovery_radius * jnp.cbrt(draws(_CANDIDATES, 1))  # uniform in the ball
   low, high = jnp.asarray(mjcf.STAGE_LOW), jnp.asarray(mjcf.STAGE_HIGH)
-  hand = hand.at[:3].set(jnp.clip(hand[:3], low, high))
+  tips = jnp.clip(contact[:3] + length * direction, low, high)
+  turns = contact[3] + draws(_CANDIDATES, 1, low=-_YAW, high=_YAW)
+  openings = jnp.where(contact[4] > 0, draws(_CANDIDATES, 1, low=_LEAST_OPEN), 0.0)
+  hands = jnp.concatenate([tips, turns, openings], -1)
+  inside = jax.vmap(lambda hand: blocked(state, hand))(hands) & (hands[:, 2] < _CLEAR)
+  hand = hands[jnp.argmin(inside)]
+  hand = hand.at[2].set(jnp.where(inside.all(), _CLEAR, hand[2]))
   finger = hand[4] * mjcf.FINGER_TRAVEL
   stage = jnp.concatenate([hand[:4], jnp.stack([finger, finger])])
   free = state.physics.qpos[mjcf.NUM_STAGE :].reshape(mjcf.NUM_CUBES, 7)
