@@ -1,6 +1,9 @@
-"""Letterboxing: any camera image onto the model's pixel grid, keeping aspect, borders known."""
+"""Letterboxing: any camera image, or a crop of it, onto the model's pixel grid, keeping aspect,
+borders known."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -8,6 +11,15 @@ from PIL import Image
 from wallwm_jax.geometry.cameras import resize_intrinsics
 
 Size = tuple[int, int]  # (H, W)
+
+
+class Box(NamedTuple):
+  """A part of an image, px from its top-left corner; of the image's own aspect."""
+
+  top: float
+  left: float
+  bottom: float
+  right: float
 
 
 def fit(source: Size, target: Size) -> tuple[Size, Size]:
@@ -18,34 +30,44 @@ def fit(source: Size, target: Size) -> tuple[Size, Size]:
   return size, tuple((t - s) // 2 for s, t in zip(size, target))
 
 
-def letterbox(frames: np.ndarray, target: Size) -> np.ndarray:
-  """uint8 [T, H, W, 3] resized (antialiased bilinear) onto black [T, *target, 3]."""
+def letterbox(frames: np.ndarray, target: Size, box: Box | None = None) -> np.ndarray:
+  """uint8 [T, H, W, 3], or the part `box` of them, resized (antialiased bilinear) onto black
+  [T, *target, 3]."""
   source = frames.shape[1:3]
-  if source == tuple(target):
+  if box is None and source == tuple(target):
     return frames
   (height, width), (top, left) = fit(source, target)
   result = np.zeros((len(frames), *target, 3), np.uint8)
+  region = box and (box.left, box.top, box.right, box.bottom)
   for frame, out in zip(frames, result):
-    image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+    image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, region)
     out[top : top + height, left : left + width] = image
   return result
 
 
-def letterbox_mask(source: Size, target: Size, mask: np.ndarray | None = None) -> np.ndarray:
+def letterbox_mask(
+  source: Size, target: Size, mask: np.ndarray | None = None, box: Box | None = None
+) -> np.ndarray:
   """bool [*target], False on borders: those letterboxing adds and those of `mask` [*source]."""
   (height, width), (top, left) = fit(source, target)
+  part = box or Box(0, 0, *source)
   result = np.zeros(target, bool)
-  rows = np.arange(height) * source[0] // height
-  columns = np.arange(width) * source[1] // width
+  rows = (part.top + (np.arange(height) + 0.5) * (part.bottom - part.top) / height).astype(int)
+  columns = (part.left + (np.arange(width) + 0.5) * (part.right - part.left) / width).astype(int)
   result[top : top + height, left : left + width] = (
     True if mask is None else mask[np.ix_(rows, columns)]
   )
   return result
 
 
-def letterbox_intrinsics(intrinsics: np.ndarray, source: Size, target: Size) -> np.ndarray:
+def letterbox_intrinsics(
+  intrinsics: np.ndarray, source: Size, target: Size, box: Box | None = None
+) -> np.ndarray:
   """Intrinsics [3, 3] px of the letterboxed image."""
   size, (top, left) = fit(source, target)
-  result = np.array(resize_intrinsics(np.asarray(intrinsics, np.float32), source, size))
+  part = box or Box(0, 0, *source)
+  result = np.array(intrinsics, np.float32)
+  result[:2, 2] -= part.left, part.top
+  result = resize_intrinsics(result, (part.bottom - part.top, part.right - part.left), size)
   result[:2, 2] += left, top
   return result

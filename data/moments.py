@@ -57,7 +57,7 @@ def make_moments(
       longer than the config allows.
   """
   source = pipeline.PlanSource(store, config, process_count, moments=plan_events(store, config))
-  reader = make_moment_reader(config, store, norm, encode_text, texts)
+  reader = make_moment_reader(config, store, norm, encode_text, texts, jitter=True)
   depends = {'moments': config.train.stage == 'vlm', 'phrasing': config.data.phrasing}
   plan = pipeline.fingerprint(config, store, source) | depends
   return pipeline.open_stream(config, source, reader, plan, process_index, process_count)
@@ -69,6 +69,8 @@ def make_moment_reader(
   norm: NormStats,
   encode_text: EncodeText,
   texts: Texts,
+  *,
+  jitter: bool = False,
 ) -> MomentReader:
   """A MomentReader whose captions are encoded once, here, in the calling process."""
   bank = caption_bank(store)
@@ -76,7 +78,7 @@ def make_moment_reader(
   rows = {caption: row for row, caption in enumerate(bank)}
   row_of = np.array([rows.get(text, -1) for text in event_captions(store, 'event')])
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
-  frames = WindowReader(store, _of_events(config), norm, table, row_of)
+  frames = WindowReader(store, _of_events(config), norm, table, row_of, jitter=jitter)
   return MomentReader(store, config, norm, frames, table, row_of, texts)
 
 

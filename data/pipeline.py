@@ -247,7 +247,7 @@ def make_dataset(
   """
   make_source = PackedSource if config.data.pack else PlanSource
   source = make_source(store, config, process_count)
-  reader = make_reader(config, store, norm, encode_text, prompts)
+  reader = make_reader(config, store, norm, encode_text, prompts, jitter=True)
   plan = fingerprint(config, store, source)
   if prompts is not None:
     plan['phrasing'] = config.data.phrasing
@@ -299,6 +299,8 @@ def make_reader(
   norm: NormStats,
   encode_text: EncodeText,
   prompts: EncodePrompts | None = None,
+  *,
+  jitter: bool = False,
 ) -> WindowReader:
   """A WindowReader whose captions are encoded once, here, in the calling process."""
   distinct, row = caption_rows(store, config.data.window)
@@ -306,7 +308,7 @@ def make_reader(
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
   ask = prompts and Instructions(store, config.data.phrasing, prompts)
-  return WindowReader(store, config, norm, table, row, latents, ask)
+  return WindowReader(store, config, norm, table, row, latents, ask, jitter)
 
 
 def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
@@ -383,7 +385,12 @@ def fingerprint(
 ) -> dict:
   """Everything that the batches depend on, JSON-serialisable."""
   skipped = ('store', 'latents', 'clusters', 'workers', 'threads', 'phrasing', 'text')
-  data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in skipped}
+  off = ('photometric', 'crop')  # where 0: as in runs from before there was jitter
+  data = {
+    k: v
+    for k, v in dataclasses.asdict(config.data).items()
+    if k not in skipped and (v or k not in off)
+  }
   shape = [
     config.model.views,
     config.model.image_size,

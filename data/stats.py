@@ -3,11 +3,13 @@ checked before use."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,30 @@ SCALE_FLOOR = {'position': 0.01, 'rotation': 0.1, 'gripper': 0.1}  # m, rot6d en
 LATENT_FLOOR = 0.1
 
 EncodeVideo = Callable[[np.ndarray], np.ndarray]  # uint8 [B, V, T, H, W, 3] -> [B, V, F, h, w, C]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+  """Per channel, physical units, each float32 [A]: mean, standard deviation, 1 % and 99 %
+  quantiles."""
+
+  mean: np.ndarray
+  std: np.ndarray
+  q01: np.ndarray
+  q99: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Summary:
+  """Where statistics come from, and the data themselves in numbers.
+
+  store: digest of the store; settings: what of a config they depend on (`settings_of`); moments:
+  of 'action' (relative) and 'state', {} where no episode has any.
+  """
+
+  store: str
+  settings: Mapping[str, Any]
+  moments: Mapping[str, Moments]
 
 
 def compute(
@@ -50,19 +76,11 @@ def compute(
   blank = identity(config)
   reader = make_reader(config, store, blank, no_text)
   draws = _sample(store, config, max_windows)
-  states, actions = [], []
-  for draw in draws:
-    state, action, mask = reader.robot(draw)
-    if mask.any():
-      states.append(state)
-      actions.append(action[mask].reshape(-1, action.shape[-1]))
   result = vars(blank).copy()
-  if actions:
-    kind, spec = config.data.normalisation, config.model.action_spec
-    result['action_mean'], result['action_scale'] = _robot_moments(
-      np.concatenate(actions), kind, spec
+  for name, x in _robot(reader, draws).items():
+    result[f'{name}_mean'], result[f'{name}_scale'] = center_and_scale(
+      x, config.data.normalisation, config.model.action_spec
     )
-    result['state_mean'], result['state_scale'] = _robot_moments(np.stack(states), kind, spec)
   published = config.model.codec.published_stats()
   if published is not None:
     result['latent_mean'], result['latent_scale'] = published
@@ -77,25 +95,88 @@ def compute(
   return NormStats(**{k: np.asarray(v, np.float32) for k, v in result.items()})
 
 
-def save(norm: NormStats, path: str | os.PathLike) -> None:
-  """Writes JSON that `load` reads back bit for bit."""
-  values = {k: [float(x) for x in np.asarray(v, np.float32)] for k, v in vars(norm).items()}
+def robot_sample(
+  store: EventStore, config: ExperimentConfig, max_windows: int = 4096
+) -> dict[str, np.ndarray]:
+  """What statistics are computed over: 'action' [n, A] relative to their anchors and 'state' [m, A]
+  at them, physical units; {} where no episode has any."""
+  reader = make_reader(config, store, identity(config), no_text)
+  return _robot(reader, _sample(store, config, max_windows))
+
+
+def summarise(store: EventStore, config: ExperimentConfig, *, max_windows: int = 4096) -> Summary:
+  """The Summary that goes with `compute` of the same arguments."""
+  moments = {}
+  for name, x in robot_sample(store, config, max_windows).items():
+    x = x.astype(np.float64)
+    values = x.mean(0), x.std(0), *np.quantile(x, [0.01, 0.99], axis=0)
+    moments[name] = Moments(*(v.astype(np.float32) for v in values))
+  return Summary(store.digest, settings_of(config), moments)
+
+
+def settings_of(config: ExperimentConfig) -> dict[str, Any]:
+  """What of a config the statistics of actions and state depend on, JSON-serialisable."""
+  data, model = config.data, config.model
+  return {
+    'data.split': data.split,
+    'data.window': data.window,
+    'data.buckets': list(data.buckets),
+    'data.stride': data.stride,
+    'data.normalisation': data.normalisation,
+    'model.action_spec.arms': model.action_spec.arms,
+    'model.steps_per_latent': model.steps_per_latent,
+  }
+
+
+def save(norm: NormStats, path: str | os.PathLike, summary: Summary | None = None) -> None:
+  """Writes JSON that `load` (and `load_summary`) reads back bit for bit."""
+  values = {k: _numbers(v) for k, v in vars(norm).items()}
+  if summary is not None:
+    moments = {g: {k: _numbers(v) for k, v in vars(m).items()} for g, m in summary.moments.items()}
+    note = {'store': summary.store, 'settings': dict(summary.settings), 'moments': moments}
+    values['summary'] = note | {'hash': _json_hash(note)}
   pathlib.Path(path).write_text(json.dumps({'hash': stats_hash(norm), **values}, indent=1))
 
 
 def load(path: str | os.PathLike) -> NormStats:
   """Inverse of `save`; raises DataError if the file is missing, malformed or was changed."""
+  return _load(path)[0]
+
+
+def load_summary(path: str | os.PathLike) -> Summary | None:
+  """The Summary saved with statistics, None where there is none; raises DataError like `load`."""
+  return _load(path)[1]
+
+
+def _load(path: str | os.PathLike) -> tuple[NormStats, Summary | None]:
   try:
     values = json.loads(pathlib.Path(path).read_text())
-    expected = values.pop('hash')
+    expected, note = values.pop('hash'), values.pop('summary', None)
     norm = NormStats(**{k: np.array(v, np.float32) for k, v in values.items()})
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    intact = stats_hash(norm) == expected
+    summary = None
+    if note is not None:
+      intact &= _json_hash({k: v for k, v in note.items() if k != 'hash'}) == note['hash']
+      moments = {
+        group: Moments(**{k: np.array(v, np.float32) for k, v in m.items()})
+        for group, m in note['moments'].items()
+      }
+      summary = Summary(note['store'], note['settings'], moments)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise DataError(f'normalisation statistics {path}: cannot be read ({error!r}).') from None
-  if stats_hash(norm) != expected:
+  if not intact:
     raise DataError(
       f'normalisation statistics {path}: content does not match its hash, the file was changed.'
     )
-  return norm
+  return norm, summary
+
+
+def _numbers(x) -> list[float]:
+  return [float(v) for v in np.asarray(x, np.float32)]
+
+
+def _json_hash(note: dict) -> str:
+  return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stats_hash(norm: NormStats) -> str:
@@ -152,18 +233,34 @@ def _sample(store: EventStore, config: ExperimentConfig, limit: int) -> list[Dra
   ]
 
 
-def _robot_moments(x: np.ndarray, kind: str, spec: ActionSpec) -> tuple[np.ndarray, np.ndarray]:
-  """x: [n, A] -> centre and floored scale, [A] float64."""
+def _robot(reader: WindowReader, draws: list[Draw]) -> dict[str, np.ndarray]:
+  states, actions = [], []
+  for draw in draws:
+    state, action, mask = reader.robot(draw)
+    if mask.any():
+      states.append(state)
+      actions.append(action[mask].reshape(-1, action.shape[-1]))
+  return {'action': np.concatenate(actions), 'state': np.stack(states)} if actions else {}
+
+
+def scale_floor(spec: ActionSpec) -> np.ndarray:
+  """Smallest scale of each channel, [A]."""
+  floor = np.empty(spec.dim)
+  for group, channels in spec.groups().items():
+    floor[list(channels)] = SCALE_FLOOR[group]
+  return floor
+
+
+def center_and_scale(x: np.ndarray, kind: str, spec: ActionSpec) -> tuple[np.ndarray, np.ndarray]:
+  """Centre and floored scale, [A] float64, of x [n, A] under a normalisation 'meanstd' or
+  'quantile'."""
   x = x.astype(np.float64)
   if kind == 'quantile':
     low, high = np.quantile(x, [0.01, 0.99], axis=0)
     center, scale = (low + high) / 2, (high - low) / 2
   else:
     center, scale = x.mean(0), x.std(0)
-  floor = np.empty(spec.dim)
-  for group, channels in spec.groups().items():
-    floor[list(channels)] = SCALE_FLOOR[group]
-  return center, np.maximum(scale, floor)
+  return center, np.maximum(scale, scale_floor(spec))
 
 
 def _latent_moments(

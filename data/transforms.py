@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.data import images, packing, traces
+from wallwm_jax.data import augment, images, packing, traces
 from wallwm_jax.data.captions import CaptionTable
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
@@ -38,7 +38,7 @@ CAPTION_ORDERS = {
 
 class Draw(NamedTuple):
   """One planned window: row of the event index, future latents N, raw anchor frame in the episode,
-  and a number that decides between wordings of its instruction."""
+  and a number that decides between wordings of its instruction and how its images are jittered."""
 
   event: int
   bucket: int
@@ -150,6 +150,7 @@ class WindowReader:
     captions: features of the distinct captions; caption_of: int [events], caption of each event.
     latents: precomputed ones that take the place of frames; None = none.
     ask: prompts of the events; None = none are wanted.
+    jitter: whether images are jittered by data.photometric and data.crop; for training alone.
   """
 
   def __init__(
@@ -161,8 +162,12 @@ class WindowReader:
     caption_of: np.ndarray,
     latents: LatentStore | None = None,
     ask: Instructions | None = None,
+    jitter: bool = False,
   ):
     self._latents, self._ask = latents, ask
+    data = config.data
+    self._augment = augment.AugmentSettings(photometric=data.photometric, crop=data.crop)
+    self._jitters = jitter and data.split == 'train' and (data.photometric or data.crop) > 0
     self._store, self._config, self._norm = store, config, norm
     self._captions, self._caption_of = captions, caption_of
     self._episode, self._start, self._end, self._uid = (
@@ -256,7 +261,7 @@ class WindowReader:
     frames = np.zeros((len(names), len(window.frames), *size, 3), np.uint8)
     for v, name in enumerate(names):
       if name in raw:
-        frames[v] = images.letterbox(raw[name], size)
+        frames[v] = self._image(draw, v, raw[name], info)
     return frames
 
   def cameras(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, Cameras]:
@@ -266,9 +271,33 @@ class WindowReader:
     view_mask = np.array([name in info.views for name in names])
     pixel_mask = np.zeros((len(names), *size), bool)
     for v in np.flatnonzero(view_mask):
-      own = info.pixel_mask.get(names[v])
-      pixel_mask[v] = images.letterbox_mask(info.sizes[names[v]], size, own)
-    return view_mask, pixel_mask, self._calibration(info, draw.anchor)
+      pixel_mask[v] = self._pixel_mask(draw, int(v), info)
+    return view_mask, pixel_mask, self._calibration(draw, info)
+
+  def _jitter(self, draw: Draw, view: int) -> augment.Jitter | None:
+    if not self._jitters:
+      return None
+    seed, uid = self._config.data.seed, int(self._uid[draw.event])
+    return augment.draw(self._augment, seed, uid, draw.choice, view)
+
+  def _box(self, draw: Draw, view: int, info: EpisodeInfo) -> images.Box | None:
+    """The part of the recorded image that is seen; None = all of it."""
+    jitter = self._jitter(draw, view)
+    return jitter and jitter.box(info.sizes[self._config.model.views[view]])
+
+  def _image(self, draw: Draw, view: int, raw: np.ndarray, info: EpisodeInfo) -> np.ndarray:
+    """uint8 [T, *image_size, 3] of one camera's recorded frames."""
+    box = self._box(draw, view, info)
+    frames = images.letterbox(raw, self._config.model.image_size, box)
+    if self._jitters and self._augment.photometric:
+      mask = self._pixel_mask(draw, view, info)
+      frames = augment.recolour(frames, self._jitter(draw, view), mask)
+    return frames
+
+  def _pixel_mask(self, draw: Draw, view: int, info: EpisodeInfo) -> np.ndarray:
+    name, box = self._config.model.views[view], self._box(draw, view, info)
+    own, size = info.pixel_mask.get(name), self._config.model.image_size
+    return images.letterbox_mask(info.sizes[name], size, own, box)
 
   def _padded_latents(self, draw: Draw) -> np.ndarray:
     """float32 [V, 1 + N, h, w, C], zeros beyond the real latent frames."""
@@ -276,7 +305,7 @@ class WindowReader:
     stored = self._latents.latents(draw.event)[:, :real]
     return np.pad(stored, [(0, 0), (0, 1 + draw.bucket - real)] + [(0, 0)] * 3)
 
-  def _calibration(self, info: EpisodeInfo, anchor: int) -> Cameras:
+  def _calibration(self, draw: Draw, info: EpisodeInfo) -> Cameras:
     names, size = self._config.model.views, self._config.model.image_size
     intrinsics = np.tile(np.eye(3, dtype=np.float32), (len(names), 1, 1))
     extrinsics = np.tile(np.eye(4, dtype=np.float32), (len(names), 1, 1))
@@ -284,8 +313,11 @@ class WindowReader:
     for v, name in enumerate(names):
       camera = info.calibration.get(name)
       if camera is not None:
-        intrinsics[v] = images.letterbox_intrinsics(camera.intrinsics, info.sizes[name], size)
-        extrinsics[v] = camera.at(anchor)
+        box = self._box(draw, v, info)
+        intrinsics[v] = images.letterbox_intrinsics(
+          camera.intrinsics, info.sizes[name], size, box
+        )
+        extrinsics[v] = camera.at(draw.anchor)
         valid[v] = True
     return Cameras(intrinsics, extrinsics, valid)
 

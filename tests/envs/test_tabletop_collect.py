@@ -17,11 +17,6 @@ BATCH = 14
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope='module')
-def episodes():
-  return list(collect(20, 3, mix='mixed', batch=BATCH, config=CONFIG))
-
-
 def test_the_expert_rarely_fails():
   collector = _Collector(3, BATCH, 'mixed', CONFIG)
   ended = {}

@@ -1,5 +1,5 @@
-"""`wallwm data build|encode|inspect|stats|verify`: raw episodes to an event store, and looks into
-it.
+"""`wallwm data build|encode|inspect|stats|verify|doctor`: raw episodes to an event store, and looks
+into it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,22 @@ def add_parser(verbs) -> None:
   stats_.add_argument('--config', required=True, help='experiment whose windows are measured')
   stats_.add_argument('--out', help='JSON file to write (default: print only)')
   _add_encode(actions)
+  _add_doctor(actions)
+
+
+def _add_doctor(actions) -> None:
+  example = 'wallwm data doctor runs/bridge/store --config experiments/bridge_sample.py'
+  parser = common.add_verb(
+    actions,
+    'doctor',
+    'check units, conventions and normalisation statistics; exit code 1 if training would suffer',
+    example,
+    run=doctor,
+    overrides=[],
+  )
+  parser.add_argument('store', help='folder of the store')
+  parser.add_argument('--config', required=True, help='experiment that is to be trained')
+  parser.add_argument('--stats', help='JSON file of `wallwm data stats` (default: compute them)')
 
 
 def _add_encode(actions) -> None:
@@ -169,10 +185,26 @@ def stats(args: argparse.Namespace) -> None:
   from wallwm_jax.training.pretrained import latent_encoder
 
   config = settings.load_experiment(args.config, args.overrides)
-  norm = statistics.compute(EventStore(args.store), config, latent_encoder(config.model))
+  store = EventStore(args.store)
+  norm = statistics.compute(store, config, latent_encoder(config.model))
   if args.out:
-    statistics.save(norm, args.out)
+    statistics.save(norm, args.out, statistics.summarise(store, config))
   common.print_json({'hash': statistics.stats_hash(norm)} | vars(norm))
+
+
+def doctor(args: argparse.Namespace) -> None:
+  from wallwm_jax.data import doctor as doctors
+  from wallwm_jax.data import stats as statistics
+  from wallwm_jax.data.store import EventStore
+  from wallwm_jax.types import DataError
+
+  config = settings.load_experiment(args.config, args.overrides)
+  given = (statistics.load(args.stats), statistics.load_summary(args.stats)) if args.stats else ()
+  found = doctors.diagnose(EventStore(args.store), config, *given)
+  doctors.show(found)
+  severe = sum(d.severity == 'severe' for d in found)
+  if severe:
+    raise DataError(f'{args.store}: {severe} severe findings, see the table above.')
 
 
 def encode(args: argparse.Namespace) -> None:

@@ -91,6 +91,8 @@ class DataConfig:
   pack: int = 0  # latent frames of a row that holds several events; 0 = one event per row
   stride: int = 1  # raw frames per model frame
   normalisation: Literal['meanstd', 'quantile'] = 'meanstd'
+  photometric: float = 0.0  # strength 0..1 of colour, blur and noise jitter in training; 0 = off
+  crop: float = 0.0  # largest part of each image side cut away in training, 0..0.5; 0 = off
   workers: int = 0  # Grain worker processes; never changes the batches
   threads: int = 2  # Grain read threads; never changes the batches
   seed: int = 0
@@ -134,6 +136,14 @@ class DataConfig:
       not self.pack or self.window == 'event',
       f'data.pack: rows hold whole events, but data.window is {self.window!r}. Set data.pack to 0.',
     )
+    for name, most in (('photometric', 1), ('crop', 0.5)):
+      value = getattr(self, name)
+      require(0 <= value <= most, f'data.{name}: expected 0..{most}, got {value}.')
+      require(
+        not (self.latents and value),
+        f'data.latents={self.latents!r} and data.{name}={value}: precomputed latents cannot be '
+        f"jittered. Set data.latents='' to encode frames, or data.{name}=0.",
+      )
 
   @property
   def packed_events(self) -> int:

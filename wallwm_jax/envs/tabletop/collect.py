@@ -19,6 +19,7 @@ import numpy as np
 from wallwm_jax.data.schema import Calibration, CaptionSpan, EpisodeRecord, EventSpan
 from wallwm_jax.envs.tabletop import expert, mjcf, rubric, tasks
 from wallwm_jax.envs.tabletop.config import TabletopConfig
+from wallwm_jax.envs.tabletop.recovery import perturb, recovery_task
 from wallwm_jax.envs.tabletop.render import VIEWS, calibration, intrinsics_of, render
 from wallwm_jax.envs.tabletop.reset import reset
 from wallwm_jax.envs.tabletop.tasks import (
@@ -66,23 +67,35 @@ class _Recording:
   chunks: list[dict[str, np.ndarray]]
 
 
-def _start(seed: int, number, weights, config: TabletopConfig):
+def _start(seed: int, number, weights, recovery, config: TabletopConfig):
   """The environment and expert states of episode `number`."""
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 4)
+  key = jax.random.fold_in(jax.random.key(seed), number)
+  keys = jax.random.split(key, 4)
   draws = tasks.Draws(keys[0], 4)
   kind = (draws() > jnp.cumsum(weights)[:-1]).sum()
-  recovery = (kind <= tasks.GRASP) & (draws() < _RECOVERY_PROB)
+  bad_start = (kind <= tasks.GRASP) & (draws() < _RECOVERY_PROB)
   noise = jnp.where(draws() < _CLEAN_PROB, 0.0, draws(low=0.3))
-  task = tasks.sample_task(keys[1], kind, recovery)
-  return reset(keys[2], task, config), expert.init(keys[3], noise, jnp.float32(_MISS_PROB))
+  task = tasks.sample_task(keys[1], kind, bad_start)
+  # Streams of their own: episodes that do not recover are the same whatever the fraction.
+  extra = jax.random.split(jax.random.fold_in(key, 1), 3)
+  chance, share = jax.random.uniform(extra[0], (2,))
+  recovers = chance < recovery
+  task = _where(recovers, recovery_task(extra[1], share), task)
+  state = reset(keys[2], task, config)
+  state = _where(recovers, perturb(extra[2], state, config), state)
+  return state, expert.init(keys[3], noise, jnp.float32(_MISS_PROB))
+
+
+def _where(condition, a, b):
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 @functools.cache
 def _programs(config: TabletopConfig):
   """The jitted (fresh, replace, advance) of a config."""
 
-  def fresh(seed, numbers, weights):
-    return jax.vmap(lambda n: _start(seed, n, weights, config))(numbers)
+  def fresh(seed, numbers, weights, recovery):
+    return jax.vmap(lambda n: _start(seed, n, weights, recovery, config))(numbers)
 
   def replace(where, new, old):
     def pick(a, b):
@@ -153,7 +166,7 @@ def _names(row: np.ndarray) -> dict[str, str]:
 
 
 def _attempts(data: dict[str, np.ndarray], rows: np.ndarray, steps: int):
-  """The attempts at events in time order: (start, end, words, failed, recovery, leg ends)."""
+  """The attempts at events in time order: (start, end, stage, words, failed, again, leg ends)."""
   starts = np.flatnonzero(data['begins'][:steps])
   ends = np.append(starts[1:], steps)
   stages, attempts = data['stage'][starts], data['attempt'][starts]
@@ -162,6 +175,7 @@ def _attempts(data: dict[str, np.ndarray], rows: np.ndarray, steps: int):
     yield (
       start,
       end,
+      int(stages[i]),
       _names(rows[stages[i]]),
       bool(failed),
       bool(attempts[i] > 0),
@@ -197,7 +211,7 @@ def _subtasks(events: list[tuple[EventSpan, dict[str, str]]]) -> list[CaptionSpa
     text = last['caption']
     if {'grasp', 'release'} <= kinds:
       text = 'put the {cube} cube on the {zone} zone'.format(**last)
-    elif {'grasp', 'lift'} <= kinds:
+    elif 'grasp' in kinds and last['kind'] == 'lift':
       text = 'pick up the {cube} cube'.format(**last)
     spans.append(CaptionSpan('L2', events[i][0].start, events[j - 1][0].end, text))
     i = j
@@ -212,14 +226,16 @@ def _record(
   """
   steps = len(data['active']) - 1
   rows, start_badly = np.asarray(task.script), bool(task.recovery)
+  slipped = start_badly and rows[0, 0] == tasks.GRASP and int(task.length) > 1
   events, segments = [], []
-  for start, end, words, failed, retry, leg_ends in _attempts(data, rows, steps):
-    recovery = not failed and (retry or start_badly)
+  for start, end, stage, words, failed, again, leg_ends in _attempts(data, rows, steps):
+    recovery = not failed and (again or (start_badly and stage == 0))
     flags = ('failed',) * failed + ('recovery',) * recovery
     caption = f'fail to {words["caption"]}' if failed else words['caption']
     label = 'miss' if failed else f'{words["kind"]} {words["cube"]}'
     events.append((EventSpan(start, end + 1, label, {'L1': caption}, flags), words))
-    segments += _segments(start, end, words, leg_ends, 'recover: ' if recovery else '')
+    prefix = 'regrasp: ' if slipped and words['kind'] == 'grasp' else 'recover: '
+    segments += _segments(start, end, words, leg_ends, prefix if recovery else '')
   actions = np.concatenate([data['action'][:steps], data['action'][steps - 1 : steps]])
   instruction = CaptionSpan('L3', 0, steps + 1, CAPTIONS[int(task.instruction)])
   actions_l1 = [CaptionSpan('L1', e.start, e.end, e.captions['L1']) for e, _ in events]
@@ -246,15 +262,17 @@ class _Collector:
   out.
   """
 
-  def __init__(self, seed: int, batch: int, mix: str, config: TabletopConfig):
+  def __init__(
+    self, seed: int, batch: int, mix: str, config: TabletopConfig, recovery: float = 0.0
+  ):
     weights = np.array([MIXES[mix].get(kind, 0.0) for kind in TASK_KINDS], np.float32)
     self.config, self.seed, self.batch = config, seed, batch
-    self.weights = jnp.asarray(weights / weights.sum())
+    self.mixture = jnp.asarray(weights / weights.sum()), jnp.float32(recovery)
     self.programs = _programs(config)
     self.issued = batch
     self.slots = [_Recording(number, []) for number in range(batch)]
     self.states, self.experts = self.programs[0](
-      seed, np.arange(batch, dtype=np.int32), self.weights
+      seed, np.arange(batch, dtype=np.int32), *self.mixture
     )
 
   def advance(self) -> list[tuple[int, EpisodeRecord | None]]:
@@ -284,7 +302,7 @@ class _Collector:
         self.slots[slot] = _Recording(self.issued, [])
         self.issued += 1
     if replace.any():
-      new = self.programs[0](self.seed, numbers, self.weights)
+      new = self.programs[0](self.seed, numbers, *self.mixture)
       self.states, self.experts = self.programs[1](replace, new, (self.states, self.experts))
 
   def _finish(self, recording: _Recording, task: tasks.Task) -> EpisodeRecord:
@@ -301,6 +319,7 @@ def collect(
   seed: int,
   *,
   mix: str = 'mixed',
+  recovery: float = 0.0,
   batch: int = 64,
   config: TabletopConfig = TabletopConfig(),
   progress: Callable[[int, int], None] | None = None,
@@ -308,15 +327,17 @@ def collect(
   """Successful demonstrations of the scripted expert.
 
   Args:
-    num_episodes: how many to yield. seed: the data are a function of it (and of mix and config)
-      alone.
+    num_episodes: how many to yield. seed: the data are a function of it (and of mix, recovery and
+      config) alone.
     mix: which tasks, a key of MIXES: 'mixed' (scripts and single events), 'single' (single events
       only, the tasks that are evaluated) or 'multi' (scripts only).
+    recovery: fraction of episodes that recover an event from near its contact pose (recovery.py)
+      in the place of one of the mix; their first event has the flag 'recovery'.
     batch: tabletops stepped at once; changes speed, and the data by rounding only.
     progress: called with (yielded, num_episodes).
 
   Raises:
-    ConfigError: unknown mix or a count below 1.
+    ConfigError: unknown mix, a count below 1 or a fraction outside 0..1.
   """
   if mix not in MIXES:
     raise ConfigError(f'collect.mix: expected one of {sorted(MIXES)}, got {mix!r}.')
@@ -324,7 +345,9 @@ def collect(
     raise ConfigError(
       f'collect: expected num_episodes >= 1 and batch >= 1, got {num_episodes} and {batch}.'
     )
-  collector = _Collector(seed, min(batch, num_episodes), mix, config)
+  if not 0 <= recovery <= 1:
+    raise ConfigError(f'collect.recovery: expected a fraction 0..1, got {recovery}.')
+  collector = _Collector(seed, min(batch, num_episodes), mix, config, recovery)
   finished: dict[int, EpisodeRecord | None] = {}
   following, yielded, failures = 0, 0, 0
   while yielded < num_episodes:

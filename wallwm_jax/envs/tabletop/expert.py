@@ -36,9 +36,9 @@ _SPEED, _PUSH_SPEED, _TRAVEL_SPEED = (
 )  # mean m per control period, by kind of motion
 _TRAVEL_CAP = 15  # control periods of the longest travel leg
 _TURN_SPEED, _GRIP_SPEED = 0.2, 0.4  # rad and gripper opening per control period
-_GRASP_Z, _PUSH_Z = 0.021, 0.020
+GRASP_Z, PUSH_Z = 0.021, 0.020  # m, grasp centre above the table
 _BEHIND = 0.066  # m from the cube's centre to where a push comes down
-_CONTACT = (
+CONTACT = (
   mjcf.CUBE_HALF + 2 * mjcf.FINGER_HALF[1]
 )  # m between grasp centre and cube centre while pushing
 _MISS = 0.045  # m, along the pads
@@ -88,8 +88,8 @@ def init(key: PRNGKey, noise: Float[Array, ''], miss_prob: Float[Array, '']) -> 
   )
 
 
-def _cube_yaw(state: TabletopState, obj) -> Float[Array, '']:
-  """The cube's yaw folded to -45..45 degrees, rad."""
+def folded_yaw(state: TabletopState, obj) -> Float[Array, '']:
+  """A cube's yaw folded to -45..45 degrees, rad."""
   q = physics.cube_poses(state.physics)[1][obj]
   yaw = jnp.arctan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
   return (yaw + jnp.pi / 4) % (jnp.pi / 2) - jnp.pi / 4
@@ -104,7 +104,7 @@ def _plan(state: TabletopState, event: Int[Array, '3'], missing: Bool[Array, '']
   start = jnp.append(stage[:4], command[4] / mjcf.FINGER_TRAVEL)
   tip = start[:3]
   cube = physics.cube_poses(state.physics)[0][obj]
-  cube_yaw = _cube_yaw(state, obj)
+  cube_yaw = folded_yaw(state, obj)
   zone = state.zones[jnp.minimum(target, mjcf.NUM_ZONES - 1)]
   way = jnp.asarray(tasks.DIRECTION_VECTORS)[target]
 
@@ -123,19 +123,19 @@ def _plan(state: TabletopState, event: Int[Array, '3'], missing: Bool[Array, '']
   # A grasp goes straight down unless it has to come back from a miss or a bad start.
   near = jnp.linalg.norm(tip[:2] - cube[:2]) < 0.02
   aligned = jnp.where(near & ~low, up, hover)
-  rear, front = cube[:2] - _BEHIND * way, cube[:2] + (rubric.PUSH_DISTANCE - _CONTACT) * way
+  rear, front = cube[:2] - _BEHIND * way, cube[:2] + (rubric.PUSH_DISTANCE - CONTACT) * way
   yaw = start[3]
   plans = [
     [up, hover],
-    [up, aligned, at(beside, _GRASP_Z, cube_yaw, 1.0), at(beside, _GRASP_Z, cube_yaw, 0.0)],
+    [up, aligned, at(beside, GRASP_Z, cube_yaw, 1.0), at(beside, GRASP_Z, cube_yaw, 0.0)],
     [at(tip[:2], rubric.LIFT_Z, yaw, 0.0)],
     [at(over, rubric.LIFT_Z, yaw, 0.0)],
     [at(over, tip[2] - cube[2] + mjcf.CUBE_HALF - 0.001, yaw, 0.0)],
     [at(tip[:2], tip[2], yaw, 1.0), at(tip[:2], rubric.HOVER_Z + 0.005, yaw, 1.0)],
     [
       at(rear, rubric.HOVER_Z, cube_yaw, 0.0),
-      at(rear, _PUSH_Z, cube_yaw, 0.0),
-      at(front, _PUSH_Z, cube_yaw, 0.0),
+      at(rear, PUSH_Z, cube_yaw, 0.0),
+      at(front, PUSH_Z, cube_yaw, 0.0),
     ],
   ]
   padded = jnp.stack([jnp.stack(p + [p[-1]] * (LEGS - len(p))) for p in plans])[kind]
