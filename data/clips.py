@@ -1,10 +1,10 @@
 """How the pixels of a block become bytes: `Zstd` keeps them exactly, `H264` keeps what the eye sees
-in a twentieth of the space.
+in a small part of the space.
 
 H.264 clips are yuv420p, BT.601 limited range, one closed group of pictures per block without
-B-frames: packet k is frame k, and a window decodes only its blocks, up to its last frame. Cameras of
-one size are stacked into one tall picture (twice the speed at 64x64). There is no container: opening
-one costs more than decoding a block.
+B-frames: packet k is frame k, and a window decodes only its blocks, up to its last frame. Cameras
+of one size are stacked into one tall picture (twice the speed at 64x64). There is no container:
+opening one costs more than decoding a block.
 
 RGB is made by one pinned converter (`_to_rgb`), which rounds towards zero: against the exact
 formula of `geometry.yuv` a channel is 0 to 3 levels lower, 0.8 on average.

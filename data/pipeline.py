@@ -152,7 +152,7 @@ def make_dataset(
   return open_stream(
     config,
     PlanSource(store, config, process_count),
-    make_reader(config, store, norm, encode_text, prompts),
+    make_reader(config, store, norm, encode_text, prompts, planes=config.data.planes),
     plan,
     process_index,
     process_count,
@@ -203,15 +203,43 @@ def make_reader(
   norm: NormStats,
   encode_text: EncodeText,
   prompts: EncodePrompts | None = None,
+  planes: bool = False,
 ) -> WindowReader:
-  """A WindowReader whose captions are encoded once, here, in the calling process."""
+  """A WindowReader whose captions are encoded once, here, in the calling process.
+
+  Args:
+    planes: frames are I420 planes, as training with `data.planes` reads them; others read RGB.
+
+  Raises:
+    ConfigError: the store has no planes of the model's size.
+  """
+  if planes:
+    _check_planes(config, store)
   captions = event_captions(store, config.data.window)
   distinct, row = np.unique(np.array(captions, dtype=object), return_inverse=True)
   table = CaptionTable(encode_text, distinct.tolist())
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
   ask = prompts and Instructions(store, config.data.phrasing, prompts)
-  return WindowReader(store, config, norm, table, row, latents, ask)
+  return WindowReader(store, config, norm, table, row, latents, ask, planes)
+
+
+def _check_planes(config: ExperimentConfig, store: EventStore) -> None:
+  if store.codec['name'] != 'h264':
+    raise ConfigError(
+      f'data.planes: expected a store of h264 clips, {store.path} holds {store.codec["name"]}. '
+      'Build it with --codec h264, or set data.planes=False.'
+    )
+  episodes = store.episodes
+  size = config.model.image_size
+  columns = (episodes[name].to_pylist() for name in ('episode_id', 'views', 'heights', 'widths'))
+  for name, *cameras in zip(*columns, strict=True):
+    for view, *stored in zip(*cameras, strict=True):
+      if view in config.model.views and tuple(stored) != tuple(size):
+        raise ConfigError(
+          f'data.planes: planes are not resized, expected model.image_size={size} in the store, '
+          f'episode {name!r} has {view!r} of {tuple(stored)}.'
+        )
 
 
 def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
@@ -266,7 +294,7 @@ def fingerprint(config: ExperimentConfig, store: EventStore) -> dict:
   data = {
     k: v
     for k, v in dataclasses.asdict(config.data).items()
-    if k not in ('store', 'latents', 'workers', 'threads', 'phrasing', 'text')
+    if k not in ('store', 'latents', 'planes', 'workers', 'threads', 'phrasing', 'text')
   }
   shape = [
     config.model.views,

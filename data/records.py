@@ -164,8 +164,8 @@ def unseal(raw: bytes, row: int, block: int, promised: int | None = None) -> dic
     raise CorruptStoreError(f'crc32c of {len(body)} payload bytes does not match')
   if promised is not None and crc != promised:
     raise CorruptStoreError(
-      f'crc32c {crc:08x} is sound but the index promises {promised:08x}: the record was written anew '
-      '(cameras or episodes mixed up?)'
+      f'crc32c {crc:08x} is sound but the index promises {promised:08x}: the record was written '
+      'anew (cameras or episodes mixed up?)'
     )
   return msgpack.unpackb(body, ext_hook=_unpack_array)
 

@@ -1,7 +1,7 @@
 """The event store: ArrayRecord shards of episodes, an index of their events, and a manifest that
 vouches for both.
 
-  manifest.json            format, version, settings, counts, and size and sha256 of every other file
+  manifest.json            format, version, settings, counts; size and sha256 of every other file
   shards/episodes-*        header and 16-frame block records (records.py), group_size:1
   index/episodes.parquet   one row per episode
   index/events.parquet     one row per event

@@ -1,4 +1,4 @@
-"""Writes event stores: new ones, more episodes to finished ones, and on where a killed write stopped.
+"""Writes event stores: new ones, additions to finished ones, and what a killed write left undone.
 
 The bytes of a store depend on its settings and on what was read, in which order, never on how often
 the write was interrupted. Shards that are full are journalled (journal.py); the index and the

@@ -24,7 +24,9 @@ def add_parser(verbs) -> None:
   build_.add_argument('--reader', required=True, choices=tuple(READERS), help='what the source is')
   build_.add_argument('--source', help='folder of the raw data (rlds, video)')
   build_.add_argument('--out', required=True, help='new folder for the store')
-  build_.add_argument('--heldout', type=float, help='fraction of held-out episodes (0.2; appending: that of the store)')
+  build_.add_argument(
+    '--heldout', type=float, help='fraction of held-out episodes (0.2; appending: the store\'s)'
+  )
   build_.add_argument('--codec', choices=('zstd', 'h264'), help='pixels: exact or small (zstd)')
   build_.add_argument('--crf', type=int, help='h264: rate factor, 0 (best) .. 51 (20)')
   build_.add_argument(

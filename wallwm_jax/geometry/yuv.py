@@ -46,6 +46,13 @@ def i420_to_rgb(planes, standard: str = 'bt601', full_range: bool = False):
   return xp.clip(xp.stack([red, green, blue], axis=-1), 0.0, 255.0)
 
 
+def black(size: tuple[int, int]) -> np.ndarray:
+  """I420 uint8 [H * 3/2, W] of a black picture of size (H, W), limited range."""
+  planes = np.full((size[0] * 3 // 2, size[1]), 128, np.uint8)
+  planes[: size[0]] = 16
+  return planes
+
+
 def rgb_frames(frames):
   """uint8 [B, V, ..., H, W, 3] of the frames of a batch in either layout.
 

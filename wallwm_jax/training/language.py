@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.diffusion.losses import masked_mean
+from wallwm_jax.geometry import yuv
 from wallwm_jax.models import language
 from wallwm_jax.types import EventBatch, Frozen, Language, LanguageBatch, Params, Prompt, Text
 
@@ -37,7 +38,8 @@ def latent_text(
 ) -> Text:
   """Text of the staircase for a batch of windows, differentiable in the branch and the head."""
   anchor = config.model.steps_per_latent * config.model.history
-  frames = batch.frames[:, :, anchor if config.data.window == 'chunk' else 0]
+  anchor = anchor if config.data.window == 'chunk' else 0
+  frames = yuv.rgb_frames(batch.frames[:, :, anchor : anchor + 1])[:, :, 0]
   _, _, cache = language.read_prompt(
       frozen.language, config.language, frames, batch.state, batch.view_mask, batch.prompt)
   return _condition_latents(params, frozen.language, cache, config)[0]

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.diffusion import flow, losses, schedules
-from wallwm_jax.geometry import sight_cone, tube_mask
+from wallwm_jax.geometry import sight_cone, tube_mask, yuv
 from wallwm_jax.models import functional
 from wallwm_jax.training import language
 from wallwm_jax.types import (
@@ -154,7 +154,7 @@ def encode_clip(batch: EventBatch, frozen: Frozen, config: ExperimentConfig) -> 
   model = config.model
   latents = batch.latents
   if latents is None:
-    latents = functional.encode_video(model, batch.frames, frozen.codec)
+    latents = functional.encode_video(model, yuv.rgb_frames(batch.frames), frozen.codec)
   latents = functional.normalise_latents(latents, frozen.norm)
   index = jnp.arange(latents.shape[2])
   history = model.history if config.data.window == 'chunk' else 0
