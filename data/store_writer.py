@@ -76,6 +76,7 @@ class EpisodeStoreWriter:
       {
         **self.settings,
         'shard_bytes': shard_bytes,
+        'reader': reader,
         'version': manifest.VERSIONS[manifest.EVENT_STORE],
         'onto': self._base and self._base.manifest['digest'],
       },
