@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import manifest, records
+from wallwm_jax.data.faults import Check, Fault, inspect, refuse
 from wallwm_jax.data.shards import ShardReader
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.types import ConfigError, CorruptStoreError
@@ -53,6 +54,13 @@ def holds_latents(path: str | os.PathLike) -> bool:
   return file.is_file() and manifest.LATENT_STORE in file.read_text()
 
 
+def read_index(root: pathlib.Path) -> dict[int, list[int]]:
+  """Event row -> [shard, record, latent frames, length bucket]."""
+  table = pq.read_table(root / INDEX).to_pydict()
+  columns = (table[name] for name in ('event', 'shard', 'record', 'frames', 'bucket'))
+  return {event: place for event, *place in zip(*columns, strict=True)}
+
+
 class LatentStore:
   """Reads what `encode_store` wrote; thread-safe, picklable.
 
@@ -68,9 +76,7 @@ class LatentStore:
     for entry in [*self.manifest['shards'], index]:
       manifest.check_size(self.path, entry)
     manifest.check_digest(self.path, index)
-    table = pq.read_table(self.path / INDEX).to_pydict()
-    columns = (table[name] for name in ('event', 'shard', 'record', 'frames', 'bucket'))
-    self._rows = {event: place for event, *place in zip(*columns, strict=True)}
+    self._rows = read_index(self.path)
     self._shards = ShardReader(self.path, self.manifest['shards'])
 
   @property
@@ -124,8 +130,40 @@ class LatentStore:
     return x.astype(np.float32)
 
   def verify(self) -> None:
-    """Checks the sha256 of every file and reads every record; raises CorruptStoreError."""
-    for entry in self.manifest['shards'] + self.manifest['files']:
-      manifest.check_digest(self.path, entry)
-    for event in self._rows:
-      self.latents(event)
+    """Checks the sha256 of every file and reads every record; raises CorruptStoreError naming
+    every fault."""
+    refuse(self.path, find_faults(self.path))
+
+
+def find_faults(path: str | os.PathLike) -> list[Fault]:
+  """All faults of the latents at `path`, see `faults.find_faults`."""
+  return inspect(pathlib.Path(path).absolute(), manifest.LATENT_STORE, _Checks)
+
+
+class _Checks:
+  """Checks of the records of precomputed latents."""
+
+  def __init__(self, root: pathlib.Path, promised: dict, sound: bool):
+    self.faults: list[Fault] = []
+    self._owners: dict[int, dict[int, tuple[int, int]]] | None = None
+    if sound:
+      self._owners = {}
+      for event, (shard, record, frames, _) in read_index(root).items():
+        self._owners.setdefault(shard, {})[record] = event, frames
+
+  def of_shard(self, shard: int) -> Check:
+    def check(number: int, raw: bytes) -> None:
+      if self._owners is None:
+        records.unseal(raw, *records.address(raw))
+        return
+      if number not in self._owners.get(shard, {}):
+        raise CorruptStoreError('no event of the index has this record')
+      event, frames = self._owners[shard][number]
+      try:
+        got = records.unseal(raw, event, BLOCK)['latents'].shape[1]
+        if got != frames:
+          raise CorruptStoreError(f'expected {frames} latent frames, got {got}')
+      except CorruptStoreError as error:
+        raise CorruptStoreError(f'(event {event}) {error}') from None
+
+    return check

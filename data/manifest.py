@@ -10,7 +10,8 @@ import pathlib
 from wallwm_jax.types import CorruptStoreError, DataError
 
 EVENT_STORE, LATENT_STORE = 'wallwm-event-store', 'wallwm-latent-store'
-VERSION = 1
+# 2: clips, checksums and provenance in the index, rejected episodes
+VERSIONS = {EVENT_STORE: 2, LATENT_STORE: 1}
 _MADE_BY = {EVENT_STORE: 'wallwm data build', LATENT_STORE: 'wallwm data encode'}
 
 
@@ -37,13 +38,33 @@ def _digest(manifest: dict) -> str:
 
 
 def write_manifest(root: pathlib.Path, content: dict, kind: str = EVENT_STORE) -> None:
-  """Adds format, version and a digest of the content, and flushes to disk."""
-  manifest = {'format': kind, 'version': VERSION, **content}
+  """Adds format, version and a digest of the content; takes the place of an older manifest in one
+  step, after everything is on disk."""
+  manifest = {'format': kind, 'version': VERSIONS[kind], **content}
   manifest['digest'] = _digest(manifest)
-  with open(root / 'manifest.json', 'w') as f:
+  temporary = root / '.manifest.tmp'
+  with open(temporary, 'w') as f:
     f.write(json.dumps(manifest, indent=1))
     f.flush()
     os.fsync(f.fileno())
+  for folder in {(root / entry['path']).parent for entry in content['shards'] + content['files']}:
+    sync_folder(folder)
+  os.replace(temporary, root / 'manifest.json')
+  sync_folder(root)
+
+
+def sync_folder(path: pathlib.Path) -> None:
+  """Flushes the names in a folder to disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def holds_store(path: str | os.PathLike) -> bool:
+  """Whether there is a finished store at `path`."""
+  return (pathlib.Path(path) / 'manifest.json').is_file()
 
 
 def read_manifest(path: pathlib.Path, kind: str = EVENT_STORE) -> dict:
@@ -66,10 +87,10 @@ def read_manifest(path: pathlib.Path, kind: str = EVENT_STORE) -> dict:
   if not isinstance(manifest, dict) or manifest.get('format') != kind:
     got = manifest.get('format') if isinstance(manifest, dict) else None
     raise DataError(f'{file}: expected format {kind!r}, got {got!r}.')
-  if not isinstance(manifest.get('version'), int) or manifest['version'] > VERSION:
+  if not isinstance(manifest.get('version'), int) or manifest['version'] > VERSIONS[kind]:
     raise DataError(
-      f'{file}: format version {manifest.get("version")}, this code reads up to {VERSION}. '
-      'Upgrade wallwm_jax.'
+      f'{file}: format version {manifest.get("version")}, this code reads up to '
+      f'{VERSIONS[kind]}. Upgrade wallwm_jax.'
     )
   if manifest.get('digest') != _digest(manifest):
     raise CorruptStoreError(f'{file}: content does not match its digest.')

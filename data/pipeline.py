@@ -247,7 +247,9 @@ def make_dataset(
   """
   make_source = PackedSource if config.data.pack else PlanSource
   source = make_source(store, config, process_count)
-  reader = make_reader(config, store, norm, encode_text, prompts, jitter=True)
+  reader = make_reader(
+    config, store, norm, encode_text, prompts, jitter=True, planes=config.data.planes
+  )
   plan = fingerprint(config, store, source)
   if prompts is not None:
     plan['phrasing'] = config.data.phrasing
@@ -301,14 +303,43 @@ def make_reader(
   prompts: EncodePrompts | None = None,
   *,
   jitter: bool = False,
+  planes: bool = False,
 ) -> WindowReader:
-  """A WindowReader whose captions are encoded once, here, in the calling process."""
+  """A WindowReader whose captions are encoded once, here, in the calling process.
+
+  Args:
+    jitter: as `data.photometric` and `data.crop` say; planes: frames are I420 planes, as training
+      with `data.planes` reads them. Others than training have neither.
+
+  Raises:
+    ConfigError: the store has no planes of the model's size.
+  """
+  if planes:
+    _check_planes(config, store)
   distinct, row = caption_rows(store, config.data.window)
   table = CaptionTable(encode_text, distinct)
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
   ask = prompts and Instructions(store, config.data.phrasing, prompts)
-  return WindowReader(store, config, norm, table, row, latents, ask, jitter)
+  return WindowReader(store, config, norm, table, row, latents, ask, jitter=jitter, planes=planes)
+
+
+def _check_planes(config: ExperimentConfig, store: EventStore) -> None:
+  if store.codec['name'] != 'h264':
+    raise ConfigError(
+      f'data.planes: expected a store of h264 clips, {store.path} holds {store.codec["name"]}. '
+      'Build it with --codec h264, or set data.planes=False.'
+    )
+  episodes = store.episodes
+  size = config.model.image_size
+  columns = (episodes[name].to_pylist() for name in ('episode_id', 'views', 'heights', 'widths'))
+  for name, *cameras in zip(*columns, strict=True):
+    for view, *stored in zip(*cameras, strict=True):
+      if view in config.model.views and tuple(stored) != tuple(size):
+        raise ConfigError(
+          f'data.planes: planes are not resized, expected model.image_size={size} in the store, '
+          f'episode {name!r} has {view!r} of {tuple(stored)}.'
+        )
 
 
 def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
@@ -384,7 +415,7 @@ def fingerprint(
   config: ExperimentConfig, store: EventStore, source: PlanSource | PackedSource
 ) -> dict:
   """Everything that the batches depend on, JSON-serialisable."""
-  skipped = ('store', 'latents', 'clusters', 'workers', 'threads', 'phrasing', 'text')
+  skipped = ('store', 'latents', 'planes', 'clusters', 'workers', 'threads', 'phrasing', 'text')
   off = ('photometric', 'crop')  # where 0: as in runs from before there was jitter
   data = {
     k: v

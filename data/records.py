@@ -2,13 +2,14 @@
 
 A record is a 20-byte frame (magic, version, episode row, block, crc32c of the payload) and a
 msgpack payload. The checksum and the address make a flipped bit or a misplaced record an error,
-never a picture. Blocks are separate records, so reading a window reads and decompresses only the
-blocks it needs.
+never a picture; the index repeats the checksum, so that a record which was written anew is one too.
+Blocks are separate records, so reading a window reads and decodes only the blocks it needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import google_crc32c
 import msgpack
 import numpy as np
-import pyarrow as pa
 
+from wallwm_jax.data.clips import Codec
 from wallwm_jax.data.schema import Calibration, CaptionSpan, EpisodeRecord, EventSpan
 from wallwm_jax.types import CorruptStoreError
 
@@ -27,9 +28,6 @@ HEADER = -1  # the block number of an episode's header record
 _FRAME = struct.Struct('<4sIIiI')  # magic, version, episode row, block, crc32c
 _MAGIC = b'WWE1'
 _ARRAY = 1  # msgpack extension code of an ndarray
-# zstd 3 decodes real 48x48 frames at ~2 GB/s per core and stores them at half size (measured,
-# pyarrow 26).
-_CODEC = pa.Codec('zstd', compression_level=3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,9 +85,9 @@ def encode_header(record: EpisodeRecord, row: int) -> bytes:
   )
 
 
-def decode_header(raw: bytes, row: int) -> EpisodeInfo:
+def decode_header(raw: bytes, row: int, promised: int | None = None) -> EpisodeInfo:
   """Inverse of `encode_header`; raises CorruptStoreError."""
-  x = unseal(raw, row, HEADER)
+  x = unseal(raw, row, HEADER, promised)
   return EpisodeInfo(
     x['episode_id'],
     x['source'],
@@ -109,34 +107,23 @@ def decode_header(raw: bytes, row: int) -> EpisodeInfo:
   )
 
 
-def encode_block(record: EpisodeRecord, row: int, block: int) -> bytes:
+def encode_block(record: EpisodeRecord, row: int, block: int, codec: Codec) -> bytes:
   """The record of frames 16 * block .. 16 * block + 15 of every view."""
   part = slice(block * BLOCK_FRAMES, (block + 1) * BLOCK_FRAMES)
-  return seal(
-    row,
-    block,
-    {
-      view: _CODEC.compress(np.ascontiguousarray(record.frames[view][part]).tobytes(), asbytes=True)
-      for view in record.views
-    },
-  )
+  return seal(row, block, codec.encode({view: record.frames[view][part] for view in record.views}))
 
 
-def decode_block(
-  raw: bytes, row: int, block: int, info: EpisodeInfo, views
-) -> dict[str, np.ndarray]:
-  """{view: uint8 [<= 16, H, W, 3]} for the asked views only; raises CorruptStoreError."""
-  compressed = unseal(raw, row, block)
-  count = min(BLOCK_FRAMES, info.num_frames - block * BLOCK_FRAMES)
-  result = {}
-  for view in views:
-    shape = (count, *info.sizes[view], 3)
-    try:
-      pixels = _CODEC.decompress(compressed[view], int(np.prod(shape)))
-      result[view] = np.frombuffer(pixels, np.uint8).reshape(shape)
-    except (KeyError, OSError, ValueError, pa.ArrowException) as error:
-      raise CorruptStoreError(f'camera {view!r}: expected {shape} pixels ({error!r})') from None
-  return result
+def block_length(info: EpisodeInfo, block: int) -> int:
+  """Frames of one block."""
+  return min(BLOCK_FRAMES, info.num_frames - block * BLOCK_FRAMES)
+
+
+def content_hash(record: EpisodeRecord) -> str:
+  """16 hex digits of all that a record holds, whatever codec it is stored with."""
+  digest = hashlib.blake2b(encode_header(record, 0), digest_size=8)
+  for view in record.views:
+    digest.update(google_crc32c.value(record.frames[view].tobytes()).to_bytes(4))
+  return digest.hexdigest()
 
 
 def seal(row: int, block: int, payload: dict[str, Any]) -> bytes:
@@ -145,8 +132,22 @@ def seal(row: int, block: int, payload: dict[str, Any]) -> bytes:
   return _FRAME.pack(_MAGIC, 1, row, block, google_crc32c.value(body)) + body
 
 
-def unseal(raw: bytes, row: int, block: int) -> dict[str, Any]:
-  """Inverse of `seal`; raises CorruptStoreError."""
+def checksum(raw: bytes) -> int:
+  """crc32c of the payload, as a record states it."""
+  return _FRAME.unpack_from(raw)[-1]
+
+
+def address(raw: bytes) -> tuple[int, int]:
+  """(row, block) that a record states."""
+  return _FRAME.unpack_from(raw)[2:4]
+
+
+def unseal(raw: bytes, row: int, block: int, promised: int | None = None) -> dict[str, Any]:
+  """Inverse of `seal`; raises CorruptStoreError.
+
+  Args:
+    promised: checksum that the record must have; None = only its own is known.
+  """
   if len(raw) < _FRAME.size:
     raise CorruptStoreError(f'expected at least {_FRAME.size} bytes, got {len(raw)}')
   magic, version, got_row, got_block, crc = _FRAME.unpack_from(raw)
@@ -161,6 +162,11 @@ def unseal(raw: bytes, row: int, block: int) -> dict[str, Any]:
   body = raw[_FRAME.size :]
   if google_crc32c.value(body) != crc:
     raise CorruptStoreError(f'crc32c of {len(body)} payload bytes does not match')
+  if promised is not None and crc != promised:
+    raise CorruptStoreError(
+      f'crc32c {crc:08x} is sound but the index promises {promised:08x}: the record was written '
+      'anew (cameras or episodes mixed up?)'
+    )
   return msgpack.unpackb(body, ext_hook=_unpack_array)
 
 

@@ -1,168 +1,35 @@
 """The event store: ArrayRecord shards of episodes, an index of their events, and a manifest that
 vouches for both.
 
-  manifest.json            format, version, counts, and size and sha256 of every other file
+  manifest.json            format, version, settings, counts; size and sha256 of every other file
   shards/episodes-*        header and 16-frame block records (records.py), group_size:1
   index/episodes.parquet   one row per episode
   index/events.parquet     one row per event
-  quarantine.jsonl         what was read but not stored, and why
+  quarantine.jsonl         what was read but may not be stored, and why
+  rejected.jsonl           what was read and sound but not wanted (duplicates), and why
 
-Writing happens in a hidden directory that is renamed into place at the end, manifest last: an
-interrupted build leaves nothing that opens.
+`store_writer` writes it, `faults` checks every byte of it.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
-import json
 import os
 import pathlib
-import shutil
 import threading
-import uuid
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from wallwm_jax.data import manifest, records
+from wallwm_jax.data import faults, index, ledger, manifest, records
+from wallwm_jax.data.clips import make_codec
+from wallwm_jax.data.ledger import Rejected
 from wallwm_jax.data.records import BLOCK_FRAMES, EpisodeInfo
-from wallwm_jax.data.schema import LEVELS, EpisodeRecord, Quarantined, validate
-from wallwm_jax.data.shards import ShardReader, ShardWriter
-from wallwm_jax.types import CorruptStoreError, DataError
+from wallwm_jax.data.schema import EpisodeRecord, Quarantined
+from wallwm_jax.data.shards import ShardReader
+from wallwm_jax.data.store_writer import EpisodeStoreWriter
+from wallwm_jax.types import CorruptStoreError
 
-EPISODES, EVENTS, QUARANTINE = 'index/episodes.parquet', 'index/events.parquet', 'quarantine.jsonl'
-SPLITS = ('train', 'heldout')
-
-_EPISODE_SCHEMA = pa.schema(
-  [
-    ('episode_id', pa.string()),
-    ('source', pa.string()),
-    ('fps', pa.float64()),
-    ('frames', pa.int32()),
-    ('views', pa.list_(pa.string())),
-    ('heights', pa.list_(pa.int32())),
-    ('widths', pa.list_(pa.int32())),
-    ('calibrated', pa.list_(pa.string())),
-    ('state_width', pa.int32()),
-    ('has_actions', pa.bool_()),
-    ('shard', pa.int32()),
-    ('record', pa.int64()),
-    ('split', pa.string()),
-  ]
-)
-_EVENT_SCHEMA = pa.schema(
-  [
-    ('uid', pa.uint64()),
-    ('episode', pa.int32()),
-    ('start', pa.int32()),
-    ('end', pa.int32()),
-    ('length', pa.int32()),
-    ('label', pa.string()),
-    *((level, pa.string()) for level in LEVELS),
-    ('flags', pa.list_(pa.string())),
-    ('split', pa.string()),
-  ]
-)
-
-
-class EpisodeStoreWriter:
-  """Writes one store; use as a context manager, the store appears at `out` when the block ends
-  without an error.
-
-  Args:
-    out: directory to create; must not exist (or be empty).
-    heldout: fraction of episodes of the 'heldout' split, chosen by a hash of their id (at least
-      one if > 0).
-    shard_bytes: a shard is closed when it is larger than this.
-
-  Raises:
-    DataError: `out` is taken, or (from `add`) an episode breaks the schema or repeats an id.
-    OSError: the shards cannot be written.
-  """
-
-  def __init__(self, out: str | os.PathLike, heldout: float = 0.1, shard_bytes: int = 2**28):
-    self._out = pathlib.Path(out).absolute()
-    if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
-      raise DataError(
-        f'store {self._out}: expected a new directory, but it exists. Remove it or choose another.'
-      )
-    if not 0 <= heldout < 1:
-      raise DataError(f'heldout: expected a fraction 0 <= x < 1, got {heldout}.')
-    self._out.parent.mkdir(parents=True, exist_ok=True)
-    self._dir = self._out.parent / f'.{self._out.name}.building-{uuid.uuid4().hex}'
-    (self._dir / 'shards').mkdir(parents=True)
-    (self._dir / 'index').mkdir()
-    self._heldout = heldout
-    self._shards = ShardWriter(self._dir, 'episodes', shard_bytes)
-    self._episodes: list[dict] = []
-    self._events: list[dict] = []
-    self._quarantined: list[Quarantined] = []
-    self._ids: set[str] = set()
-
-  def __enter__(self) -> EpisodeStoreWriter:
-    return self
-
-  def __exit__(self, kind, value, traceback) -> None:
-    try:
-      if kind is None:
-        self._finish()
-    finally:
-      if self._dir.exists():
-        shutil.rmtree(self._dir)
-
-  def add(self, record: EpisodeRecord) -> None:
-    """Validates and stores one episode."""
-    validate(record)
-    if record.episode_id in self._ids:
-      raise DataError(f'episode {record.episode_id!r}: duplicate id.')
-    row = len(self._episodes)
-    shard, first = self._shards.append(records.encode_header(record, row))
-    for block in range(records.num_blocks(record.num_frames)):
-      self._shards.append(records.encode_block(record, row, block))
-    self._ids.add(record.episode_id)
-    self._episodes.append(_episode_row(record) | {'shard': shard, 'record': first})
-    self._events.extend(_event_row(record, event) | {'episode': row} for event in record.events)
-    self._shards.roll()
-
-  def quarantine(self, entry: Quarantined) -> None:
-    """Notes an episode that was read but may not be stored."""
-    self._quarantined.append(entry)
-
-  def counts(self) -> dict[str, int]:
-    stored, quarantined = len(self._episodes), len(self._quarantined)
-    return {
-      'read': stored + quarantined,
-      'episodes': stored,
-      'quarantined': quarantined,
-      'events': len(self._events),
-      'frames': sum(e['frames'] for e in self._episodes),
-    }
-
-  def _finish(self) -> None:
-    self._shards.close()
-    splits = _split([e['episode_id'] for e in self._episodes], self._heldout)
-    for episode, split in zip(self._episodes, splits, strict=True):
-      episode['split'] = split
-    for event in self._events:
-      event['split'] = splits[event['episode']]
-    pq.write_table(pa.Table.from_pylist(self._episodes, _EPISODE_SCHEMA), self._dir / EPISODES)
-    pq.write_table(pa.Table.from_pylist(self._events, _EVENT_SCHEMA), self._dir / EVENTS)
-    lines = [json.dumps(vars(entry)) + '\n' for entry in self._quarantined]
-    (self._dir / QUARANTINE).write_text(''.join(lines))
-    rows = {EPISODES: len(self._episodes), EVENTS: len(self._events), QUARANTINE: len(lines)}
-    files = [manifest.describe(self._dir, name, count) for name, count in rows.items()]
-    manifest.write_manifest(
-      self._dir,
-      {
-        'block_frames': BLOCK_FRAMES,
-        'counts': self.counts(),
-        'shards': self._shards.entries,
-        'files': files,
-      },
-    )
-    os.rename(self._dir, self._out)
+__all__ = ['EpisodeStoreWriter', 'EventStore']
 
 
 class EventStore:
@@ -182,20 +49,28 @@ class EventStore:
       manifest.check_size(self.path, entry)
     for entry in self.manifest['files']:
       manifest.check_digest(self.path, entry)
-    self.events = pq.read_table(self.path / EVENTS)
-    self.episodes = pq.read_table(self.path / EPISODES)
+    self._write = self.manifest.get('write', 0)
+    self.episodes, self.events = index.read(self.path, self._write)
     self._records = self.column('record', 'episodes')
     self._shard_of = self.column('shard', 'episodes')
+    self._checksums = index.Checksums(self.episodes)
+    codec = self.manifest.get('settings', {}).get('codec', {'name': 'zstd'})
+    self._codec = make_codec(codec['name'], codec.get('crf'))
     self._lock = threading.Lock()
     self._shards = ShardReader(self.path, self.manifest['shards'])
     self._infos: collections.OrderedDict[int, EpisodeInfo] = collections.OrderedDict()
     self._check_counts()
 
   def __getstate__(self):
-    return {'path': self.path}
+    return {'path': self.path, 'digest': self.digest}
 
   def __setstate__(self, state):
     self.__init__(state['path'])
+    if self.digest != state['digest']:
+      raise CorruptStoreError(
+        f'store {self.path}: it was written to since this process opened it (digest '
+        f'{state["digest"][:16]} then, {self.digest[:16]} now). Start again.'
+      )
 
   def __repr__(self) -> str:
     return f'EventStore({str(self.path)!r}, {self.manifest["counts"]})'
@@ -209,9 +84,19 @@ class EventStore:
     """One index column as NumPy, table 'events' or 'episodes'."""
     return getattr(self, table).column(name).to_numpy()
 
+  @property
+  def codec(self) -> dict:
+    """'name' of the codec of the pixels, and its settings."""
+    return self._codec.settings()
+
   def quarantine(self) -> list[Quarantined]:
-    lines = (self.path / QUARANTINE).read_text().splitlines()
-    return [Quarantined(**json.loads(line)) for line in lines]
+    return self._lost('quarantined')
+
+  def rejected(self) -> list[Rejected]:
+    return self._lost('rejected')
+
+  def _lost(self, kind: str) -> list:
+    return [ledger.entry(kind, x) for x in ledger.load(self.path, self._write)[kind]]
 
   def info(self, episode: int) -> EpisodeInfo:
     """Everything but the pixels of one episode (the last 1024 asked for are kept in memory)."""
@@ -220,26 +105,52 @@ class EventStore:
         self._infos.move_to_end(episode)
         return self._infos[episode]
     (raw,) = self._read(episode, [records.HEADER])
-    info = self._decode(episode, records.HEADER, records.decode_header, raw, episode)
+    promised = self._checksums(episode, records.HEADER)
+    try:
+      info = records.decode_header(raw, episode, promised)
+    except CorruptStoreError as error:
+      raise self._corrupt(episode, [records.HEADER], str(error)) from None
     with self._lock:
       self._infos[episode] = info
       while len(self._infos) > 1024:
         self._infos.popitem(last=False)
     return info
 
-  def frames(self, episode: int, indices: np.ndarray, views) -> dict[str, np.ndarray]:
-    """{view: uint8 [len(indices), H, W, 3]}; decodes only the blocks that hold the asked frames."""
-    info = self.info(episode)
-    indices = np.asarray(indices)
-    owner = indices // BLOCK_FRAMES
-    blocks = np.unique(owner).tolist()
-    result = {view: np.empty((len(indices), *info.sizes[view], 3), np.uint8) for view in views}
-    for block, raw in zip(blocks, self._read(episode, blocks), strict=True):
-      pixels = self._decode(episode, block, records.decode_block, raw, episode, block, info, views)
-      here = np.flatnonzero(owner == block)
-      for view in views:
-        result[view][here] = pixels[view][indices[here] - block * BLOCK_FRAMES]
+  def frames(
+    self, episode: int, indices: np.ndarray, views, planes: bool = False
+  ) -> dict[str, np.ndarray]:
+    """{view: uint8 [len(indices), H, W, 3]}; decodes only the blocks that hold the asked frames.
+
+    Args:
+      planes: I420 [len(indices), H * 3/2, W] as decoded instead, of a store of codec h264
+        (`geometry.yuv` converts them).
+    """
+    sizes = self.info(episode).sizes
+    shapes = {v: (sizes[v][0] * 3 // 2, sizes[v][1]) if planes else (*sizes[v], 3) for v in views}
+    result = {v: np.empty((len(indices), *shape), np.uint8) for v, shape in shapes.items()}
+    self.read_frames(episode, indices, result)
     return result
+
+  def read_frames(self, episode: int, indices: np.ndarray, out: dict[str, np.ndarray]) -> None:
+    """`frames` into given arrays: out[view] is uint8 [len(indices), H, W, 3] or I420 planes."""
+    info, indices = self.info(episode), np.asarray(indices)
+    order = np.argsort(indices, kind='stable')
+    ascending = indices[order]
+    blocks, starts = np.unique(ascending // BLOCK_FRAMES, return_index=True)
+    blocks, ends = blocks.tolist(), np.append(starts[1:], len(order))
+    for block, raw, start, end in zip(blocks, self._read(episode, blocks), starts, ends):
+      promised = self._checksums(episode, block)
+      try:
+        self._codec.decode(
+          records.unseal(raw, episode, block, promised),
+          records.block_length(info, block),
+          info.sizes,
+          order[start:end],
+          ascending[start:end] - block * BLOCK_FRAMES,
+          out,
+        )
+      except CorruptStoreError as error:
+        raise self._corrupt(episode, [block], str(error)) from None
 
   def episode(self, episode: int) -> EpisodeRecord:
     """One whole episode as it was stored."""
@@ -250,27 +161,28 @@ class EventStore:
     )
 
   def verify(self) -> None:
-    """Checks the sha256 of every file and decodes every record; raises CorruptStoreError."""
-    for entry in self.manifest['shards'] + self.manifest['files']:
-      manifest.check_size(self.path, entry)
-      manifest.check_digest(self.path, entry)
-    for episode in range(len(self.episodes)):
-      self.episode(episode)
+    """Checks the sha256 of every file and decodes every record.
+
+    Raises:
+      CorruptStoreError: naming every fault (`faults.find_faults` gives them one by one).
+    """
+    faults.refuse(self.path, faults.find_faults(self.path))
 
   def _check_counts(self) -> None:
     counts = self.manifest['counts']
+    lost = ledger.load(self.path, self._write)
     found = {
       'events': len(self.events),
       'episodes': len(self.episodes),
-      'quarantined': len(self.quarantine()),
+      **{kind: len(lines) for kind, lines in lost.items()},
     }
     for name, count in found.items():
-      if counts[name] != count:
+      if counts.get(name, 0) != count:
         raise CorruptStoreError(
-          f'store {self.path}: manifest promises {counts[name]} {name}, found {count}.'
+          f'store {self.path}: manifest promises {counts.get(name, 0)} {name}, found {count}.'
         )
-    if counts['read'] != counts['episodes'] + counts['quarantined']:
-      raise CorruptStoreError(f'store {self.path}: read != episodes + quarantined in {counts}.')
+    ledger.check(counts, self.path)
+    index.check_events(self.episodes, self.events, self.path)
 
   def _read(self, episode: int, blocks: list[int]) -> list[bytes]:
     shard = int(self._shard_of[episode])
@@ -280,12 +192,6 @@ class EventStore:
     except CorruptStoreError as error:
       raise self._corrupt(episode, blocks, str(error)) from None
 
-  def _decode(self, episode: int, block: int, decode, *args):
-    try:
-      return decode(*args)
-    except CorruptStoreError as error:
-      raise self._corrupt(episode, [block], str(error)) from None
-
   def _corrupt(self, episode: int, blocks: list[int], reason: str) -> CorruptStoreError:
     shard = self._shards.path(int(self._shard_of[episode]))
     numbers = [int(self._records[episode]) + 1 + block for block in blocks]
@@ -293,41 +199,3 @@ class EventStore:
       f'shard {shard}, record {numbers} (episode {episode}): {reason}. '
       'Copy the shard again or rebuild the store.'
     )
-
-
-def _episode_row(record: EpisodeRecord) -> dict:
-  sizes = [record.frames[view].shape[1:3] for view in record.views]
-  return {
-    'episode_id': record.episode_id,
-    'source': record.source,
-    'fps': float(record.fps),
-    'frames': record.num_frames,
-    'views': list(record.views),
-    'heights': [h for h, _ in sizes],
-    'widths': [w for _, w in sizes],
-    'calibrated': [v for v, c in record.calibration.items() if c is not None],
-    'state_width': 0 if record.state is None else record.state.shape[1],
-    'has_actions': record.actions is not None,
-  }
-
-
-def _event_row(record: EpisodeRecord, event) -> dict:
-  captions = record.event_captions(event)
-  return {
-    'uid': record.event_uid(event),
-    'start': event.start,
-    'end': event.end,
-    'length': event.end - event.start,
-    'label': event.label,
-    'flags': list(event.flags),
-  } | {level: captions.get(level, '') for level in LEVELS}
-
-
-def _split(ids: list[str], heldout: float) -> list[str]:
-  """Held out: the round(heldout * n) episodes with the smallest hash of their id."""
-  count = max(round(heldout * len(ids)), 1) if heldout > 0 and len(ids) > 1 else 0
-  ranked = sorted(
-    range(len(ids)), key=lambda i: hashlib.blake2b(ids[i].encode(), digest_size=8).digest()
-  )
-  held = set(ranked[:count])
-  return [SPLITS[i in held] for i in range(len(ids))]

@@ -23,6 +23,7 @@ from wallwm_jax.data.captions import CaptionTable
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
 from wallwm_jax.data.store import EventStore
+from wallwm_jax.geometry import yuv
 from wallwm_jax.geometry.poses import relative_pose
 from wallwm_jax.types import Cameras, EventBatch, NormStats, PackedBatch, Prompt
 
@@ -151,6 +152,7 @@ class WindowReader:
     latents: precomputed ones that take the place of frames; None = none.
     ask: prompts of the events; None = none are wanted.
     jitter: whether images are jittered by data.photometric and data.crop; for training alone.
+    planes: frames are the I420 planes of the store's clips, to be converted on the device.
   """
 
   def __init__(
@@ -162,9 +164,11 @@ class WindowReader:
     caption_of: np.ndarray,
     latents: LatentStore | None = None,
     ask: Instructions | None = None,
+    *,
     jitter: bool = False,
+    planes: bool = False,
   ):
-    self._latents, self._ask = latents, ask
+    self._latents, self._ask, self._planes = latents, ask, planes
     data = config.data
     self._augment = augment.AugmentSettings(photometric=data.photometric, crop=data.crop)
     self._jitters = jitter and data.split == 'train' and (data.photometric or data.crop) > 0
@@ -253,15 +257,24 @@ class WindowReader:
     return state, np.where(mask, actions, 0).astype(np.float32), mask.copy()
 
   def frames(self, draw: Draw) -> np.ndarray:
-    """uint8 [V, T, H, W, 3], zeros where a camera is absent."""
+    """uint8 [V, T, H, W, 3] or planes [V, T, H * 3/2, W], black where a camera is absent."""
     info, window = self._info(draw), self.window(draw)
     names, size = self._config.model.views, self._config.model.image_size
-    present = [name for name in names if name in info.views]
-    raw = self._store.frames(int(self._episode[draw.event]), window.frames, present)
-    frames = np.zeros((len(names), len(window.frames), *size, 3), np.uint8)
+    black = yuv.black(size) if self._planes else np.zeros((*size, 3), np.uint8)
+    frames = np.empty((len(names), len(window.frames), *black.shape), np.uint8)
+    out = {}
     for v, name in enumerate(names):
-      if name in raw:
-        frames[v] = self._image(draw, v, raw[name], info)
+      if name not in info.views:
+        frames[v] = black
+      elif not self._jitters and tuple(info.sizes[name]) == tuple(size):
+        out[name] = frames[v]  # decoded where it is needed, without a copy
+      else:
+        out[name] = np.empty((len(window.frames), *info.sizes[name], 3), np.uint8)
+    self._store.read_frames(int(self._episode[draw.event]), window.frames, out)
+    for name, raw in out.items():
+      if raw.base is not frames:
+        v = names.index(name)
+        frames[v] = self._image(draw, v, raw, info)
     return frames
 
   def cameras(self, draw: Draw) -> tuple[np.ndarray, np.ndarray, Cameras]:

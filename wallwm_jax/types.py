@@ -198,8 +198,9 @@ class LanguageBatch:
 class EventBatch:
   """One training batch; every event of a batch lies in the same length bucket.
 
-  frames: [B, V, T, H, W, 3] uint8, T = 1 + 4N (event window) or 1 + 4M + 4N (chunk window); None
-  where `latents` [B, V, F, h, w, C] float32, the codec's unnormalised latents, stand in for them.
+  frames: [B, V, T, H, W, 3] uint8, T = 1 + 4N (event window) or 1 + 4M + 4N (chunk window), or
+  their I420 planes [B, V, T, H * 3/2, W] (`data.planes`, see geometry.yuv); None where `latents`
+  [B, V, F, h, w, C] float32, the codec's unnormalised latents, stand in for them.
   num_frames: [B] valid raw frames, 1 + 4n <= T; later frames are padding.
   raw_length: [B] frames of the event before truncation to the window (drives caption drop).
   state: [B, A] normalised state at the anchor frame.
@@ -211,7 +212,7 @@ class EventBatch:
   prompt: what the VLM is asked at the anchor frame, where `data.text` is 'staircase'.
   """
 
-  frames: UInt8[Array, 'B V T H W 3'] | None
+  frames: UInt8[Array, 'B V T H W 3'] | UInt8[Array, 'B V T P W'] | None
   num_frames: Int[Array, 'B']
   raw_length: Int[Array, 'B']
   state: Float[Array, 'B A']

@@ -51,7 +51,11 @@ class VideoReader:
     return len(self._folders)
 
   def __iter__(self) -> Iterator[EpisodeRecord | Quarantined]:
-    for folder in self._folders:
+    return self.starting_at(0)
+
+  def starting_at(self, count: int) -> Iterator[EpisodeRecord | Quarantined]:
+    """The episodes after the first `count`, which are not decoded."""
+    for folder in self._folders[count:]:
       try:
         yield self._read(folder)
       except (DataError, av.FFmpegError) as error:

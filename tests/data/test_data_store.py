@@ -15,8 +15,7 @@ from episode_factory import make_episode, make_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wallwm_jax.data import shards
-from wallwm_jax.data import store as store_lib
+from wallwm_jax.data import clips, shards
 from wallwm_jax.data.build import build_store
 from wallwm_jax.data.schema import Quarantined
 from wallwm_jax.data.store import EpisodeStoreWriter, EventStore
@@ -113,15 +112,15 @@ def test_index_describes_every_event(pristine):
 
 def test_a_window_decodes_only_its_blocks(pristine, monkeypatch):
   store, decoded = EventStore(pristine), []
-  original = store_lib.records.decode_block
+  original = clips.Zstd.decode
   monkeypatch.setattr(
-    store_lib.records,
-    'decode_block',
-    lambda *args: decoded.append((args[2], tuple(args[4]))) or original(*args),
+    clips.Zstd,
+    'decode',
+    lambda *args: decoded.append((args[5].tolist(), tuple(args[6]))) or original(*args),
   )
   got = store.frames(2, np.array([17, 18, 18, 31]), ['side'])
   np.testing.assert_array_equal(got['side'], make_episode(2).frames['side'][[17, 18, 18, 31]])
-  assert decoded == [(1, ('side',))]
+  assert decoded == [([1, 2, 2, 15], ('side',))]
 
 
 def test_store_is_picklable_and_thread_safe(pristine):
@@ -222,7 +221,8 @@ def test_shard_of_the_right_size_but_unreadable_does_not_open(copied):
 
 
 @pytest.mark.parametrize(
-  'name', ['index/events.parquet', 'index/episodes.parquet', 'quarantine.jsonl']
+  'name',
+  ['index/events.parquet', 'index/episodes.parquet', 'quarantine.jsonl', 'rejected.jsonl'],
 )
 def test_missing_file_is_named(copied, name):
   (copied / name).unlink()
@@ -250,8 +250,8 @@ def test_changed_index_or_manifest_does_not_open(copied):
 
 def test_newer_format_and_absent_store_say_what_to_do(copied, tmp_path):
   manifest = json.loads((copied / 'manifest.json').read_text())
-  (copied / 'manifest.json').write_text(json.dumps(manifest | {'version': 2}))
-  with pytest.raises(DataError, match='version 2.*Upgrade'):
+  (copied / 'manifest.json').write_text(json.dumps(manifest | {'version': 3}))
+  with pytest.raises(DataError, match='version 3.*Upgrade'):
     EventStore(copied)
   with pytest.raises(DataError, match='no event store'):
     EventStore(tmp_path / 'nowhere')
@@ -269,10 +269,12 @@ def test_invalid_episodes_are_quarantined_and_counts_add_up(tmp_path):
     dataclasses.replace(make_episode(3), views=('front', 'rear')),
   ]
   report = build_store(items, tmp_path / 's', progress=False)
-  assert (report['read'], report['episodes'], report['quarantined']) == (6, 2, 4)
+  kinds = ('read', 'episodes', 'quarantined', 'rejected')
+  assert [report[kind] for kind in kinds] == [6, 2, 3, 1]
   assert sum(report['reasons'].values()) == 4
   store = EventStore(tmp_path / 's')
-  reasons = {(entry.episode_id, entry.reason) for entry in store.quarantine()}
+  lost = store.quarantine() + store.rejected()
+  reasons = {(entry.episode_id, entry.reason) for entry in lost}
   for name, reason in [
     ('episode-1', 'NaN'),
     ('episode-0', 'duplicate id'),
@@ -325,8 +327,8 @@ def test_killed_build_leaves_no_store_that_opens(tmp_path):
   result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True)
   assert result.returncode == -signal.SIGKILL
   leftovers = list(tmp_path.iterdir())
-  assert [p.name.startswith('.s.building-') for p in leftovers] == [True]
-  for path in (tmp_path / 's', leftovers[0]):
+  assert [p.name for p in leftovers] == ['.s.building']
+  for path in (tmp_path / 's', leftovers[0], leftovers[0] / 'store'):
     with pytest.raises(DataError, match='no event store'):
       EventStore(path)
   make_store(tmp_path / 's', episodes=1).verify()

@@ -140,6 +140,28 @@ def test_padding_and_absent_events_count_for_nothing(tiny, config, params, packe
   assert float(loss(packed)) == float(loss(rotten)) and np.isfinite(float(loss(packed)))
 
 
+def test_the_reasoning_of_every_event_starts_from_its_own_anchor(tiny):
+  config = tiny.language('2', data={'text': 'staircase'})
+  alone = config.fake_batch(batch_size=3)
+  new = tiny.override(config, data={'pack': 9, 'batch_size': 1})
+  row = new.fake_batch()  # three events of two latents
+  frames = jnp.concatenate([alone.frames[i] for i in range(3)], axis=1)[None]
+  short = row.frames.shape[2] - frames.shape[2]
+  frames = jnp.pad(frames, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * 3)
+
+  def events(x):
+    return jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))[None]
+
+  names = ('state', 'view_mask', 'prompt')
+  told = {name: jax.tree.map(events, getattr(alone, name)) for name in names}
+  row = dataclasses.replace(row, frames=frames, **told)
+  params = init_params(config, jax.random.key(0))
+  frozen = jax.tree.map(jnp.asarray, tiny.frozen_language(config))
+  want = stages.language.latent_text(params, alone, frozen, config)
+  got = stages.language.latent_text(params, row, frozen, new)
+  np.testing.assert_allclose(got.features[0, :3], want.features, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_mesh_does_not_change_a_packed_step(tiny, config):
   def train(mesh):

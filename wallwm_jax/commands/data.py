@@ -28,7 +28,15 @@ def add_parser(verbs) -> None:
   )
   build_.add_argument('--out', required=True, help='new folder for the store')
   build_.add_argument(
-    '--heldout', type=float, default=0.2, help='fraction of held-out episodes (0.2)'
+    '--heldout', type=float, help='fraction of held-out episodes (0.2; appending: the store\'s)'
+  )
+  build_.add_argument('--codec', choices=('zstd', 'h264'), help='pixels: exact or small (zstd)')
+  build_.add_argument('--crf', type=int, help='h264: rate factor, 0 (best) .. 51 (20)')
+  build_.add_argument(
+    '--append', action='store_true', help='add what is new to the finished store at --out'
+  )
+  build_.add_argument(
+    '--resume', action='store_true', help='go on where a killed build stopped'
   )
   build_.add_argument('--split', default='train', help='rlds: split to read (train)')
   build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48)')
@@ -155,7 +163,16 @@ def build(args: argparse.Namespace) -> None:
     )
   total = args.episodes if args.reader == 'tabletop' else None
   with common.progress_on_stderr():
-    report = build_store(READERS[args.reader](args), args.out, heldout=args.heldout, total=total)
+    report = build_store(
+      READERS[args.reader](args),
+      args.out,
+      heldout=0.2 if args.heldout is None and not args.append else args.heldout,
+      total=total,
+      codec=args.codec,
+      crf=args.crf,
+      append=args.append,
+      resume=args.resume,
+    )
   common.print_json(report)
 
 
@@ -171,11 +188,12 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-  from wallwm_jax.data.latents import LatentStore, holds_latents
+  from wallwm_jax.data import faults, latents
   from wallwm_jax.data.store import EventStore
 
-  store = (LatentStore if holds_latents(args.store) else EventStore)(args.store)
-  store.verify()
+  kind = latents if latents.holds_latents(args.store) else faults
+  faults.refuse(args.store, kind.find_faults(args.store))
+  store = (latents.LatentStore if kind is latents else EventStore)(args.store)
   print(f'{store.path}: complete and unchanged, digest {store.digest}')
 
 

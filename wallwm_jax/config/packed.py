@@ -22,13 +22,14 @@ def spec(model: ModelConfig, data: DataConfig, prompt_tokens: int, b: int) -> Pa
   g, f = data.packed_events, data.pack
   frames, steps = row_frames(f, model.steps_per_latent)
   v, (height, width) = len(model.views), model.image_size
+  picture = data.picture(model.image_size)
   a, x, e = model.action_spec.dim, model.text.tokens, model.text.width
   h, w, c = *model.latent_size, model.codec.channels
   latents, prompt = bool(data.latents), None
   if data.text == 'staircase':
     prompt = Prompt(s((b, g, prompt_tokens), i32), s((b, g, prompt_tokens), flag))
   return PackedBatch(
-    frames=None if latents else s((b, v, frames, height, width, 3), np.dtype('uint8')),
+    frames=None if latents else s((b, v, frames, *picture), np.dtype('uint8')),
     frame_segment=None if latents else s((b, frames), i32),
     latents=s((b, v, f, h, w, c), f32) if latents else None,
     segment=s((b, f), i32),

@@ -83,6 +83,7 @@ class DataConfig:
   text: Literal['caption', 'staircase'] = 'caption'  # what the towers are told by
   phrasing: Literal['canonical', 'train', 'heldout'] = 'train'  # wordings that prompts are put in
   latents: str = ''  # latents of the store's events, from `wallwm data encode`; '' = encode frames
+  planes: bool = False  # frames reach the device as the I420 planes of the store's h264 clips
   balance: float = 0.5  # 0 = natural frequency, 1 = every label (or cluster) equally often
   clusters: str = ''  # folder of cluster labels, from `wallwm data cluster`; '' = balance labels
   balance_cap: float = 16.0  # most repeats of an event, relative to its natural frequency
@@ -109,6 +110,11 @@ class DataConfig:
       not self.latents or self.window == 'event',
       'data.latents: precomputed latents are of whole events, but data.window is '
       f'{self.window!r}. Chunk windows are encoded as they are cut: set data.latents to \'\'.',
+    )
+    require(
+      not (self.planes and self.latents),
+      'data.planes: precomputed latents take the place of frames. Set one of data.planes and '
+      'data.latents.',
     )
     require(0 <= self.balance <= 1, f'data.balance: expected 0..1, got {self.balance}.')
     require(
@@ -144,6 +150,16 @@ class DataConfig:
         f'data.latents={self.latents!r} and data.{name}={value}: precomputed latents cannot be '
         f"jittered. Set data.latents='' to encode frames, or data.{name}=0.",
       )
+      require(
+        not (self.planes and value),
+        f'data.planes and data.{name}={value}: planes cannot be jittered. Set data.planes=False, '
+        f'or data.{name}=0.',
+      )
+
+  def picture(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of one frame of a batch: [H, W, 3], or its planes [H * 3/2, W]."""
+    height, width = image_size
+    return (height * 3 // 2, width) if self.planes else (height, width, 3)
 
   @property
   def packed_events(self) -> int:
@@ -266,6 +282,11 @@ class ExperimentConfig:
       f'model.max_future={self.model.max_future}.',
     )
     require(
+      not (self.data.planes and any(side % 2 for side in self.model.image_size)),
+      f'data.planes: colours have half the resolution, expected an even model.image_size, got '
+      f'{self.model.image_size}.',
+    )
+    require(
       self.language.kind != 'none'
       or (self.data.text == 'caption' and self.train.stage not in LANGUAGE_STAGES),
       f'language.kind: stage {self.train.stage!r} with data.text={self.data.text!r} needs the '
@@ -299,8 +320,9 @@ class ExperimentConfig:
     latents = bool(self.data.latents)
     s = jax.ShapeDtypeStruct
     f32, i32 = np.dtype('float32'), np.dtype('int32')
+    picture = self.data.picture(self.model.image_size)
     return EventBatch(
-      frames=None if latents else s((b, v, frames, height, width, 3), np.dtype('uint8')),
+      frames=None if latents else s((b, v, frames, *picture), np.dtype('uint8')),
       num_frames=s((b,), i32),
       raw_length=s((b,), i32),
       state=s((b, a), f32),

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.diffusion.losses import masked_mean
+from wallwm_jax.geometry import yuv
 from wallwm_jax.models import language
-from wallwm_jax.types import EventBatch, Frozen, Language, LanguageBatch, Params, Prompt, Text
+from wallwm_jax.types import (
+    EventBatch,
+    Frozen,
+    Language,
+    LanguageBatch,
+    PackedBatch,
+    Params,
+    Prompt,
+    Text,
+)
 
 Parts = dict[str, Float[Array, '']]
 
@@ -33,14 +44,29 @@ def stage_loss(
 
 
 def latent_text(
-    params: Params, batch: EventBatch, frozen: Frozen, config: ExperimentConfig
+    params: Params, batch: EventBatch | PackedBatch, frozen: Frozen, config: ExperimentConfig
 ) -> Text:
-  """Text of the staircase for a batch of windows, differentiable in the branch and the head."""
-  anchor = config.model.steps_per_latent * config.model.history
-  frames = batch.frames[:, :, anchor if config.data.window == 'chunk' else 0]
-  _, _, cache = language.read_prompt(
-      frozen.language, config.language, frames, batch.state, batch.view_mask, batch.prompt)
-  return _condition_latents(params, frozen.language, cache, config)[0]
+  """Text of the staircase for a batch of windows, one for each event, differentiable in the branch
+  and the head.
+  """
+  moment = (_anchors(batch, config), batch.state, batch.view_mask, batch.prompt)
+  events = batch.raw_length.shape
+  moment = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(events):]), moment)
+  _, _, cache = language.read_prompt(frozen.language, config.language, *moment)
+  text = _condition_latents(params, frozen.language, cache, config)[0]
+  return jax.tree.map(lambda x: x.reshape(*events, *x.shape[1:]), text)
+
+
+def _anchors(batch: EventBatch | PackedBatch, config: ExperimentConfig) -> Array:
+  """The frame [B, V, H, W, 3] or [B, G, V, H, W, 3] that every event starts from."""
+  if isinstance(batch, EventBatch):
+    anchor = config.model.steps_per_latent * config.model.history
+    anchor = anchor if config.data.window == 'chunk' else 0
+    return yuv.rgb_frames(batch.frames[:, :, anchor : anchor + 1])[:, :, 0]
+  events = jnp.arange(1, batch.event_mask.shape[1] + 1)
+  first = jnp.argmax(batch.frame_segment[:, None] == events[:, None], -1)  # [B, G]
+  index = first.reshape(len(first), 1, -1, *(1,) * (batch.frames.ndim - 3))
+  return jnp.moveaxis(yuv.rgb_frames(jnp.take_along_axis(batch.frames, index, axis=2)), 2, 1)
 
 
 def _condition_latents(params: Params, frozen: Language, cache, config: ExperimentConfig):

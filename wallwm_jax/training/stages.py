@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.diffusion import flow, losses, schedules
-from wallwm_jax.geometry import sight_cone, tube_mask
+from wallwm_jax.geometry import sight_cone, tube_mask, yuv
 from wallwm_jax.models import functional
 from wallwm_jax.training import language
 from wallwm_jax.types import (
@@ -170,10 +170,11 @@ def encode_clip(batch: EventBatch | PackedBatch, frozen: Frozen, config: Experim
   """
   model, packing = config.model, packing_of(batch)
   latents = batch.latents
-  if latents is None and packing is None:
-    latents = functional.encode_video(model, batch.frames, frozen.codec)
-  elif latents is None:
-    latents = functional.encode_rows(model, batch.frames, packing)
+  if latents is None:
+    frames = yuv.rgb_frames(batch.frames)
+    latents = (
+        functional.encode_video(model, frames, frozen.codec) if packing is None
+        else functional.encode_rows(model, frames, packing))
   latents = functional.normalise_latents(latents, frozen.norm)
   if packing is None:
     index = jnp.arange(latents.shape[2])
