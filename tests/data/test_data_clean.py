@@ -163,8 +163,7 @@ def test_a_resting_robot_is_no_duplicate():
 
 def test_a_frozen_camera_and_a_frozen_state():
   record = scene()
-  steps = np.linalg.norm(np.diff(record.state[:, :3], axis=0), axis=-1) * FPS
-  start = next(t for t in range(60) if (steps[t : t + 6] > LIMITS.moving_speed).all())
+  start = moving_frame(record, 6)
   for frozen, expected in ((5, set()), (6, {'frozen'})):
     frames = record.frames['side'].copy()
     frames[start + 1 : start + 1 + frozen] = frames[start]
