@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
-from wallwm_jax.data.primitives import Primitive, Thresholds, describe, motion_cuts
+from wallwm_jax.data.captioner import Caption, Captioner, CaptionRequest, ask
+from wallwm_jax.data.primitives import Primitive, Thresholds, describe, motion_cuts, retries
 from wallwm_jax.data.schema import ARM_WIDTH, CaptionSpan, EpisodeRecord, EventSpan
 from wallwm_jax.data.traces import instruct, objects_of, plain
 from wallwm_jax.data.tracks import (
@@ -86,39 +86,6 @@ class CaptionSettings:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class Caption:
-  """An answer of a captioner; confidence in 0..1."""
-
-  text: str
-  confidence: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CaptionRequest:
-  """One event, as a captioner sees it.
-
-  frames: {view: uint8 [n, H, W, 3]}, evenly spaced from the first to the last; start, end: frames
-  of the episode, end exclusive; fps: Hz. known: what is known of it by level; motion: what the
-  robot did, in words; previous: L1 caption of the event before, '' = none. wanted: levels to name.
-  """
-
-  frames: Mapping[str, np.ndarray]
-  start: int
-  end: int
-  fps: float
-  known: Mapping[str, str]
-  motion: str
-  previous: str
-  wanted: tuple[str, ...]
-
-
-class Captioner(Protocol):
-  """Names events: one answer {level: Caption} per request, in order; a level may be left out."""
-
-  def __call__(self, requests: Sequence[CaptionRequest]) -> Sequence[Mapping[str, Caption]]: ...
-
-
 def caption(
   record: EpisodeRecord,
   settings: CaptionSettings = CaptionSettings(),
@@ -140,7 +107,15 @@ def caption(
   motion = _Motion(record, settings)
   tracks = _tracks(record, motion, settings)
   if captioner is not None:
-    tracks = _asked(record, tracks, motion, settings, captioner)
+    tracks = ask(
+      record,
+      tracks,
+      motion,
+      captioner,
+      batch=settings.batch,
+      frames=settings.frames,
+      min_confidence=settings.min_confidence,
+    )
   tracks = _told(record, tracks, motion)
   return _written(record, tracks, motion, settings)
 
@@ -197,7 +172,11 @@ def _flag_retries(record: EpisodeRecord, settings: CaptionSettings) -> EpisodeRe
   near to where it closed before; given flags win."""
   if record.state is None or any('recovery' in event.flags for event in record.events):
     return record
-  spans = [s for arm in _arms(record.state) for s in _retries(arm, settings)]
+  spans = [
+    s
+    for arm in _arms(record.state)
+    for s in retries(arm, settings.limits.grip, settings.retry_distance)
+  ]
 
   def retried(e: EventSpan) -> bool:
     return any(2 * (min(e.end - 1, b) - max(e.start, a)) > e.end - 1 - e.start for a, b in spans)
@@ -206,21 +185,6 @@ def _flag_retries(record: EpisodeRecord, settings: CaptionSettings) -> EpisodeRe
     dataclasses.replace(e, flags=(*e.flags, 'recovery')) if retried(e) else e for e in record.events
   )
   return dataclasses.replace(record, events=events)
-
-
-def _retries(arm: np.ndarray, settings: CaptionSettings) -> list[tuple[int, int]]:
-  """(opening, second closing) frames of one arm [T, 10]."""
-  grip = arm[:, 9]
-  if np.ptp(grip) < settings.limits.grip:
-    return []
-  closed = 2 * grip < grip.min() + grip.max()
-  flips = np.flatnonzero(closed[1:] != closed[:-1]) + 1
-  closings = flips[closed[flips]]
-  return [
-    (int(flips[np.searchsorted(flips, a) + 1]), int(b))
-    for a, b in itertools.pairwise(closings)
-    if np.linalg.norm(arm[a, :3] - arm[b, :3]) <= settings.retry_distance
-  ]
 
 
 def _arms(state: np.ndarray) -> list[np.ndarray]:
@@ -265,76 +229,6 @@ def _actions(record: EpisodeRecord, last: int) -> Track:
     spans.append(CaptionSpan('L1', event.start, event.end, text))
   edges = [frame for e in record.events for frame in (e.start, e.end - 1)]
   return split(join_given(spans, last), edges)
-
-
-def _asked(
-  record: EpisodeRecord,
-  tracks: dict[str, Track],
-  motion: _Motion,
-  settings: CaptionSettings,
-  captioner: Captioner,
-) -> dict[str, Track]:
-  """The tracks with the captioner's answers where nothing was said."""
-  requests = [_request(record, tracks, i, motion, settings) for i in range(len(tracks['L1']))]
-  requests = [r for r in requests if r.wanted]
-  answers: list[Mapping[str, Caption]] = []
-  for start in range(0, len(requests), settings.batch):
-    asked = requests[start : start + settings.batch]
-    got = list(captioner(asked))
-    if len(got) != len(asked):
-      raise DataError(
-        f'episode {record.episode_id!r}: expected one answer of the captioner for each of '
-        f'{len(asked)} events, got {len(got)}.'
-      )
-    answers += got
-  tracks = dict(tracks)
-  for level in NESTED:
-    found = []
-    for request, answer in zip(requests, answers):
-      if level in request.wanted and level in answer:
-        if answer[level].text and answer[level].confidence >= settings.min_confidence:
-          found.append((answer[level].confidence, request, answer[level].text))
-    for _, request, text in sorted(found, key=lambda x: x[0]):  # the surest has the last word
-      tracks[level] = _answered(tracks[level], request, text)
-  return tracks
-
-
-def _request(
-  record: EpisodeRecord,
-  tracks: dict[str, Track],
-  i: int,
-  motion: _Motion,
-  settings: CaptionSettings,
-) -> CaptionRequest:
-  piece = tracks['L1'][i]
-  above = {level: parent(tracks[level], piece).text for level in ('L3', 'L2', 'L1')}
-  wanted = [level for level, text in above.items() if not text]
-  if not any(p.text for p in within(tracks['L0'], piece)):
-    wanted.append('L0')
-  shown = np.linspace(piece.start, piece.stop, settings.frames).round().astype(int)
-  return CaptionRequest(
-    frames={view: x[np.unique(shown)] for view, x in record.frames.items()},
-    start=piece.start,
-    end=piece.stop + 1,
-    fps=record.fps,
-    known={level: text for level, text in above.items() if text},
-    motion=motion(piece).text,
-    previous=tracks['L1'][i - 1].text if i else '',
-    wanted=tuple(wanted),
-  )
-
-
-def _answered(track: Track, request: CaptionRequest, text: str) -> Track:
-  """A caption for what a request is about: for the piece it lies in, or all of its parts at
-  once."""
-  start, stop = request.start, request.end - 1
-  inside = [p for p in track if start <= p.start and p.stop <= stop]
-  if inside:
-    at = track.index(inside[0])
-    return [*track[:at], Piece(start, stop, text, 'vlm'), *track[at + len(inside) :]]
-  return [
-    p._replace(text=text, source='vlm') if p.start <= start and stop <= p.stop else p for p in track
-  ]
 
 
 def _told(record: EpisodeRecord, tracks: dict[str, Track], motion: _Motion) -> dict[str, Track]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,6 +72,28 @@ def motion_cuts(state: np.ndarray, shortest: int) -> np.ndarray:
   for first in range(0, state.shape[1], ARM_WIDTH):
     codes = 16 * codes + _codes(state[:, first : first + ARM_WIDTH].astype(np.float64))
   return merge_runs(codes, shortest)
+
+
+def retries(arm: np.ndarray, grip: float, distance: float) -> list[tuple[int, int]]:
+  """Where a gripper opens and closes again near to where it closed before.
+
+  Args:
+    arm: [T, 10]; grip: least range of a gripper that is used; distance: m between both closings.
+
+  Returns:
+    (opening, second closing) frames.
+  """
+  opening = arm[:, 9]
+  if np.ptp(opening) < grip:
+    return []
+  closed = 2 * opening < opening.min() + opening.max()
+  flips = np.flatnonzero(closed[1:] != closed[:-1]) + 1
+  closings = flips[closed[flips]]
+  return [
+    (int(flips[np.searchsorted(flips, a) + 1]), int(b))
+    for a, b in itertools.pairwise(closings)
+    if np.linalg.norm(arm[a, :3] - arm[b, :3]) <= distance
+  ]
 
 
 def merge_runs(labels: np.ndarray, shortest: int) -> np.ndarray:
