@@ -35,8 +35,10 @@ __all__ = [
   'METAWORLD',
   'Facts',
   'Phrasings',
+  'axis_words',
   'goal_words',
   'instruct',
+  'objects_of',
   'phrasings',
   'plain',
   'style_of',
@@ -182,6 +184,26 @@ def timed_plan(caption: str, remaining: float) -> str:
   return f'plan: {plain(caption)}; {tenths:02d} tenths'
 
 
+@functools.lru_cache(_CACHED)
+def objects_of(text: str) -> tuple[str, ...]:
+  """What an instruction is about: the thing that is handled, then what it is brought to; () where
+  its wording is unknown. Of two instructions in one the first counts."""
+  text = plain(text).partition(', then ')[0]
+  for task in METAWORLD.values():
+    if text == task.instruction:
+      return task.objects
+  for family in FAMILIES:
+    if match := re.fullmatch(family.pattern, text):
+      words = match.groupdict()
+      return tuple(words[name] for name in ('o', 't') if words.get(name))
+  return ()
+
+
+def axis_words(source: str) -> tuple[str, ...]:
+  """Words for -x, +x, -y, +y, -z, +z of the base frame of a data set's robot."""
+  return _AXES.get(source, _ROS)
+
+
 def goal_words(state: np.ndarray, goal: np.ndarray, source: str) -> str:
   """Where a pose lies, seen from another: 'close', or 'near' or 'far' and the direction of the
   largest part of the way, such as 'far left'.
@@ -196,5 +218,5 @@ def goal_words(state: np.ndarray, goal: np.ndarray, source: str) -> str:
   if distances[arm] < CLOSE:
     return 'close'
   axis = int(np.abs(ways[arm]).argmax())
-  words = _AXES.get(source, _ROS)
+  words = axis_words(source)
   return ('near ' if distances[arm] < NEAR else 'far ') + words[2 * axis + (ways[arm, axis] > 0)]
