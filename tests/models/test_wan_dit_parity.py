@@ -16,6 +16,7 @@ from wallwm_jax.convert import wan_dit
 from wallwm_jax.convert.entries import assemble
 from wallwm_jax.models import functional as F
 from wallwm_jax.models import layers, video_dit
+from wallwm_jax.models.binding import bind
 from wallwm_jax.parallel import rules
 from wallwm_jax.parallel.constraints import activation_sharding
 from wallwm_jax.parallel.mesh import make_mesh
@@ -129,7 +130,7 @@ def intermediates(fixture, kind, monkeypatch):
   """(name, ours, reference) in order of computation, run layer by layer outside of the scan."""
   config, mid = fixture.config, fixture.mid
   c, t = config.video, jnp.asarray(fixture.levels(kind))
-  tower = F._bind(video_dit.VideoTower, config, fixture.params)
+  tower = bind(video_dit.VideoTower, config, fixture.params)
   grid = tuple(n // p for n, p in zip(fixture.z.shape[3:5], c.patch[1:]))
   x = tower.patch_embed(video_dit._patchify(jnp.asarray(fixture.z), c.patch))
   context = tower._context(x, grid, fixture.text, fixture.masks)

@@ -50,7 +50,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px;
 th, td { padding: 7px 12px 7px 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+td.text { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 .strip { display: grid; grid-template-columns: 128px minmax(0, 1fr); gap: 3px 10px;
   align-items: center; margin: 8px 0 4px; font-size: 12.5px; }

@@ -177,7 +177,7 @@ def _closed_loop(title: str, report: Report) -> str:
     blocks.append(
       page.figure(plots.success_bars(rates), 'Success by kind, with Wilson 95 % intervals.')
     )
-    blocks.append(_closed_loop_table(report.closed_loop))
+    blocks += _closed_loop_tables(report.closed_loop)
   if report.clips:
     blocks += ['<h3>Rollouts</h3><div class="clips">', *map(_clip, report.clips), '</div>']
   return page.section(
@@ -187,17 +187,20 @@ def _closed_loop(title: str, report: Report) -> str:
   )
 
 
-def _closed_loop_table(results: Mapping[str, ClosedLoopResult]) -> str:
-  """One row per kind, then all of them together; success and progress of each policy."""
-  head = ['kind', 'rollouts']
-  rows: dict[str, list] = {}
-  for policy, result in results.items():
-    head += [f'{policy}: success', '95 %', 'progress', '95 %']
+def _closed_loop_tables(results: Mapping[str, ClosedLoopResult]) -> list[str]:
+  """Success, then progress: one row per kind and one of all together, one column per policy."""
+  successes: dict[str, list] = {}
+  progresses: dict[str, list] = {}
+  for result in results.values():
     for kind, (success, progress) in _kinds(result).items():
-      row = rows.setdefault(kind, [kind, success.n])
-      row += [f'{100 * success.value:.0f} %', _range(success, 100)]
-      row += [f'{progress.value:.0f}', _range(progress)]
-  return page.table(head, rows.values())
+      successes.setdefault(kind, [kind]).append(
+        f'{100 * success.value:.0f} % ({_range(success, 100)}) of {success.n}'
+      )
+      progresses.setdefault(kind, [kind]).append(f'{progress.value:.0f} ({_range(progress)})')
+  return [
+    page.table(('success (95 %) of rollouts', *results), successes.values()),
+    page.details('Progress', page.table(('progress (95 %)', *results), progresses.values())),
+  ]
 
 
 def _kinds(result: ClosedLoopResult) -> dict[str, tuple[base.Interval, base.Interval]]:

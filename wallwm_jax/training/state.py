@@ -37,6 +37,12 @@ class TrainState:
 
 def param_shapes(config: ExperimentConfig) -> Params:
   """Tree of ShapeDtypeStruct of the run's parameters."""
+  return jax.tree.map(lambda x: x, _param_shapes(config))  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=4)
+def _param_shapes(config: ExperimentConfig) -> Params:
+  # Every part of a starting run asks, and tracing all initialisers takes seconds.
   return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
