@@ -31,7 +31,7 @@ from wallwm_jax.types import ConfigError, DataError
 
 RECOVERY = 'recovery'  # flag of events that show a recovery
 _CONVERGED = 1e-10  # total variation at which a margin counts as met
-_ITERATIONS, _PATIENCE = 5000, 25
+_ITERATIONS, _PATIENCE = 2000, 25
 _STALLED = 0.999  # no better than this, times the error `_PATIENCE` iterations ago: out of reach
 
 
@@ -273,7 +273,9 @@ def _shares(
   """Shares [S, R] with row sums `ratios` and column sums `alpha`, 0 where counts [S, R] are."""
   row, column = np.nonzero(counts)
   start = np.outer(ratios, alpha)[row, column]
-  share, off = _fit(start / start.sum(), row, column, ratios, alpha, math.inf)
+  share, off = start, 1.0
+  if counts.any(0).all():
+    share, off = _fit(start / start.sum(), row, column, ratios, alpha, math.inf)
   if off > 1e-9:
     able = names[counts[:, -1] > 0].tolist()
     only = names[counts[:, 0] == 0].tolist()
@@ -344,8 +346,9 @@ def _fit(
     y = _scale(natural, column, x[row], column_target, cap)
     by_column = natural * np.minimum(x[row] * y[column], cap)
     errors.append(np.abs(np.bincount(row, by_column) - row_target).sum() / 2)
-    stalled = len(errors) > _PATIENCE and errors[-1] > _STALLED * errors[-1 - _PATIENCE]
-    if errors[-1] < _CONVERGED or stalled:
+    if errors[-1] < _CONVERGED:
+      return by_column, errors[-1]
+    if len(errors) > _PATIENCE and errors[-1] > _STALLED * errors[-1 - _PATIENCE]:
       break
   share = (by_row + by_column) / 2
   margins = ((row, row_target), (column, column_target))

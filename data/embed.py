@@ -100,7 +100,7 @@ class DescriptorEmbedder:
   """
 
   SIDE, DIRECTIONS, GRIDS = 64, 8, (8, 4, 2, 1)
-  BANDWIDTH = 0.5  # distance of descriptors at which the kernel is exp(-1/2)
+  BANDWIDTH = 0.4  # distance of descriptors at which the kernel is exp(-1/2)
   BUCKETS = 2**14  # of hashed text features
 
   def __init__(self, image_dim: int = 256, text_dim: int = 256, seed: int = 0):
