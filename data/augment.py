@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from wallwm_jax.data.images import Box, Size
-from wallwm_jax.data.sampler import mix64
+from wallwm_jax.data.permutation import mix64
 from wallwm_jax.data.schema import ARM_WIDTH, EpisodeRecord
 from wallwm_jax.geometry.poses import geodesic_angle, rot6d_to_matrix
 from wallwm_jax.types import ConfigError
