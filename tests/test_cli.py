@@ -47,6 +47,7 @@ def test_every_promised_command_exists():
     'convert wan-dit',
     'convert wan-vae',
     'data build',
+    'data doctor',
     'data encode',
     'data inspect',
     'data stats',
@@ -172,6 +173,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
   'argv, words',
   [
     (('data', 'inspect', 'nowhere'), ['nowhere']),
+    (('data', 'doctor', 'nowhere', '--config', 'nowhere.py'), ['nowhere.py']),
     (('data', 'verify', 'nowhere'), ['nowhere']),
     (('data', 'build', '--reader', 'rlds', '--out', 'x'), ['--source', 'rlds']),
     (('data', 'build', '--reader', 'rlds', '--source', 'nowhere', '--out', 'x'), ['nowhere']),

@@ -111,28 +111,26 @@ def test_the_expert_recovers_from_almost_every_start():
     validate(record)
     first = next(event for event in record.events if 'failed' not in event.flags)
     assert 'recovery' in first.flags
-    nominal = [e for e in record.events[1:] if 'recovery' not in e.flags]
-    texts = [c.text for c in record.captions if c.level == 'L0']
-    begin = texts[0]
     slipped = record.events[-1].label.split()[0] in ('lift', 'move', 'place', 'release')
-    if 'failed' not in record.events[0].flags:
-      assert begin.startswith('regrasp: ' if slipped else 'recover: ')
-    assert bool(nominal) <= slipped
+    segment = next(c for c in record.captions if c.level == 'L0' and c.start == first.start)
+    assert segment.text.startswith('regrasp: ' if slipped else 'recover: ')
+    ends = [e for e in record.events if 'failed' not in e.flags]
+    assert len(ends) > 1 if slipped else len(ends) == 1
 
 
 @pytest.mark.slow
 def test_a_fraction_recovers_and_the_others_stay_what_they_are(episodes):
-  half = list(collect(20, 3, mix='mixed', recovery=0.5, batch=BATCH, config=CONFIG))
-  again = list(collect(4, 3, mix='mixed', recovery=0.5, batch=4, config=CONFIG))
-  for a, b in zip(half, again):
-    assert a.episode_id == b.episode_id and a.captions == b.captions
-    np.testing.assert_allclose(a.state, b.state, atol=1e-4)
+  never, half = (_Collector(3, BATCH, 'mixed', CONFIG, recovery=a) for a in (0.0, 0.5))
+  recovers = (never.states.physics.qpos != half.states.physics.qpos).any(1)
+  assert 3 <= recovers.sum() <= BATCH - 3 and half.states.task.recovery[recovers].all()
   nominal = {record.episode_id: record for record in episodes}
-  same = 0
-  for record in half:
-    other = nominal.get(record.episode_id)
-    if other is not None and len(other.state) == len(record.state):
-      if np.allclose(other.state, record.state, atol=1e-4):
-        assert other.captions == record.captions
-        same += 1
-  assert 4 <= same <= 16
+  compared = 0
+  for record in collect(6, 3, mix='mixed', recovery=0.5, batch=6, config=CONFIG):
+    number = int(record.episode_id.split('-')[1])
+    if not recovers[number]:
+      np.testing.assert_allclose(record.state, nominal[record.episode_id].state, atol=1e-3)
+      assert record.captions == nominal[record.episode_id].captions
+      compared += 1
+    else:
+      assert any(c.text.startswith(('recover: ', 'regrasp: ')) for c in record.captions)
+  assert 0 < compared < 6
