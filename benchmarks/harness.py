@@ -53,15 +53,17 @@ def ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) ->
   return {'value': middle, 'quartile_low': low, 'quartile_high': high}
 
 
-def train_step(config: ExperimentConfig, bucket: int | None = None) -> Callable[[], Any]:
-  """A whole optimizer step on a fixed random batch, as a call without arguments."""
+def train_step(config: ExperimentConfig, batch: Any = None) -> Callable[[], Any]:
+  """A whole optimizer step on a fixed batch (random where none is given), as a call without
+  arguments.
+  """
   mesh = make_mesh(config.mesh)
   optimizer = build_optimizer(config, mesh)
   abstract = abstract_state(config, optimizer, mesh)
   step = make_train_step(config, mesh, optimizer, abstract)
   a, c = config.model.action_spec.dim, config.model.codec.channels
   frozen = Frozen(NormStats(*(f((n,)) for n in (a, a, c) for f in (jnp.zeros, jnp.ones))))
-  batch = jax.device_put(config.fake_batch(bucket))
+  batch = jax.device_put(config.fake_batch() if batch is None else batch)
   state = init_state(config, optimizer, abstract)
 
   def call():

@@ -269,7 +269,8 @@ def time_steps(study: Study, runs: list[Run], rounds: int) -> dict:
   """
   buckets = {}
   for bucket in study.base.data.buckets:
-    calls = {run.optimizer: harness.train_step(study.config(run), bucket) for run in runs}
+    configs = {run.optimizer: study.config(run) for run in runs}
+    calls = {name: harness.train_step(c, c.fake_batch(bucket)) for name, c in configs.items()}
     times = harness.time_side_by_side(calls, rounds=rounds)
     buckets[bucket] = {
       'muon_over_adamw': harness.ratio(times, 'muon', 'adamw'),
