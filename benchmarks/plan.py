@@ -189,7 +189,7 @@ def open_plan(config: ExperimentConfig, store: EventStore, host: int = 0, hosts:
 
   def read(element):
     events = [draw.event for draw in element] if config.data.pack else [element.event]
-    return np.pad(events, (0, 44 - len(events)), constant_values=-1)
+    return np.array(events + [-1] * (44 - len(events)))
 
   plan = pipeline.fingerprint(config, store, source)
   return source, pipeline.open_stream(config, source, read, plan, host, hosts)
@@ -197,7 +197,7 @@ def open_plan(config: ExperimentConfig, store: EventStore, host: int = 0, hosts:
 
 def measure_start(path: pathlib.Path, pack: int) -> dict:
   """Of a fresh process: seconds to the first batch of pixels, memory of the index, growth."""
-  config, base = configured(pack), rss()
+  config, base = configured(pack, batch_size=8), rss()
   start, busy = time.perf_counter(), time.process_time()
   store = EventStore(path)
   opened = rss()
@@ -212,7 +212,7 @@ def measure_start(path: pathlib.Path, pack: int) -> dict:
   source, stream = open_plan(config, store)
   next(stream)
   found['plan_mb'] = (rss() - before) / 1e6
-  for _ in range(2000):
+  for _ in range(1000):
     next(stream)
   before = rss()
   seconds, _ = cpu(lambda: [next(stream) for _ in range(10_000)])
@@ -275,7 +275,7 @@ def measure_exactness(path: pathlib.Path, folder: pathlib.Path) -> dict:
       written = log.stat().st_size // (32 * 44 * 8) if log.exists() else 0
       if written >= steps * (kill + 1) // (kills + 1):
         os.kill(child.pid, signal.SIGKILL)
-      time.sleep(0.002)
+      time.sleep(0.02)
     child.join()
   served = np.fromfile(log, np.int64).reshape(-1, 44)
   whole = served[: source.landmark(rows)[1]]

@@ -163,7 +163,7 @@ def join_windows(windows: Sequence[EventBatch], budget: int, rate: int) -> Packe
     DataError: the windows do not fit into the row.
   """
   latents = [window.actions.shape[0] // rate for window in windows]
-  most, total = budget // 2, len(latents) + sum(latents)
+  most, total = packed.most_events(budget), len(latents) + sum(latents)
   if not 1 <= len(windows) <= most or total > budget:
     raise DataError(
       f'packed row: expected 1..{most} events of {budget} latent frames together, got '

@@ -89,7 +89,7 @@ class PlanSource:
   def __getitem__(self, index: int) -> Draw:
     step, slot = deal(int(index), self._batch_size, self._process_count)
     event = int(self._events[self._plan.event(step, slot)])
-    anchor, key = int(self._start[event]), fold(self._key, step, slot)
+    anchor, key = int(self._start[event]), mix64(self._key ^ (step * self._batch_size + slot))
     if self._inside and not (self._moments and step % 2):
       anchor += mix64(key) % (int(self._end[event]) - anchor - 1)
     return Draw(event, self._futures[self._plan.bucket(step)], anchor, key % 2**32)
@@ -138,7 +138,7 @@ class PackedSource:
         int(self._events[place]),
         int(self._latents[place]),
         int(self._start[self._events[place]]),
-        fold(self._key, draw) % 2**32,
+        mix64(self._key ^ draw) % 2**32,
       )
       for place, draw in zip(*(x.tolist() for x in self._rows.row(step * self._batch_size + slot)))
     )

@@ -134,8 +134,8 @@ def _stream(config, store, host=0, hosts=1):
   source = SOURCES[config.data.pack](store, config, hosts)
 
   def read(element):
-    draws = np.atleast_2d(np.array(element, np.int64))
-    return np.pad(draws, ((0, 11 - len(draws)), (0, 0)), constant_values=-1)
+    draws = list(element) if config.data.pack else [element]
+    return np.array(draws + [(-1,) * 4] * (11 - len(draws)))
 
   return open_stream(config, source, read, fingerprint(config, store, source), host, hosts)
 
@@ -228,14 +228,14 @@ with open(log, 'a') as file:
 
 @pytest.mark.slow
 def test_every_draw_is_seen_once_in_spite_of_kill_9(store, tmp_path):
-  steps, log, state = 700, tmp_path / 'log', tmp_path / 'state'
+  steps, log, state = 250, tmp_path / 'log', tmp_path / 'state'
   tests = pathlib.Path(__file__).parent
   child = CHILD.format(paths=[str(tests), str(tests.parents[1])], store=str(store.path))
   command = [sys.executable, '-c', child, str(log), str(state), str(steps)]
   run = subprocess.Popen(command, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-  while not log.exists() or log.read_text().count('\n') < 150:
+  while not log.exists() or log.read_text().count('\n') < 60:
     assert run.poll() is None
-    time.sleep(0.01)
+    time.sleep(0.05)
   run.send_signal(signal.SIGKILL)
   run.wait()
   assert log.read_text().count('\n') < steps

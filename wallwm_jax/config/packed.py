@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from wallwm_jax.config.model import ModelConfig
 from wallwm_jax.types import Cameras, PackedBatch, Prompt, Text
 
-if TYPE_CHECKING:
-  from wallwm_jax.config.model import ModelConfig
-  from wallwm_jax.config.run import DataConfig
+
+def most_events(budget: int) -> int:
+  """G of rows of `budget` latent frames: the shortest events cost an anchor and one more."""
+  return budget // 2
 
 
-def spec(model: ModelConfig, data: DataConfig, prompt_tokens: int, b: int) -> PackedBatch:
-  """The PackedBatch of ShapeDtypeStructs of `b` rows."""
+def spec(
+  model: ModelConfig, budget: int, b: int, *, latents: bool, prompt_tokens: int
+) -> PackedBatch:
+  """The PackedBatch of ShapeDtypeStructs of `b` rows of `budget` latent frames.
+
+  Args:
+    latents: rows hold latents, not frames; prompt_tokens: of an event's prompt, 0 = none.
+  """
   s = jax.ShapeDtypeStruct
   f32, i32, flag = (np.dtype(name) for name in ('float32', 'int32', 'bool'))
-  g, f = data.packed_events, data.pack
+  g, f = most_events(budget), budget
   frames, steps = row_frames(f, model.steps_per_latent)
   v, (height, width) = len(model.views), model.image_size
   picture = data.picture(model.image_size)
   a, x, e = model.action_spec.dim, model.text.tokens, model.text.width
   h, w, c = *model.latent_size, model.codec.channels
-  latents, prompt = bool(data.latents), None
-  if data.text == 'staircase':
+  prompt = None
+  if prompt_tokens:
     prompt = Prompt(s((b, g, prompt_tokens), i32), s((b, g, prompt_tokens), flag))
   return PackedBatch(
     frames=None if latents else s((b, v, frames, *picture), np.dtype('uint8')),

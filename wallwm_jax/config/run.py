@@ -161,11 +161,6 @@ class DataConfig:
     height, width = image_size
     return (height * 3 // 2, width) if self.planes else (height, width, 3)
 
-  @property
-  def packed_events(self) -> int:
-    """Most events G of a packed row: the shortest cost an anchor and one future latent."""
-    return self.pack // 2
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -312,7 +307,9 @@ class ExperimentConfig:
     if self.train.stage in LANGUAGE_STAGES:
       return self._moments_spec(b)
     if self.data.pack:
-      return packed.spec(self.model, self.data, self.language.prompt_tokens, b)
+      prompts = self.language.prompt_tokens if self.data.text == 'staircase' else 0
+      latents = bool(self.data.latents)
+      return packed.spec(self.model, self.data.pack, b, latents=latents, prompt_tokens=prompts)
     frames, steps = self.window_frames(bucket)
     v, (height, width) = len(self.model.views), self.model.image_size
     a, x, e = self.model.action_spec.dim, self.model.text.tokens, self.model.text.width
