@@ -1,4 +1,4 @@
-"""Writing more than once: what was read is accounted for, and no interruption shows in the bytes."""
+"""What was read is accounted for, however often a store is written to or interrupted."""
 
 import dataclasses
 import hashlib
