@@ -23,7 +23,7 @@ from wallwm_jax.data.transforms import (
   EncodePrompts,
   Instructions,
   WindowReader,
-  event_captions,
+  caption_rows,
 )
 from wallwm_jax.types import CheckpointError, ConfigError, EventBatch, LanguageBatch, NormStats
 
@@ -59,7 +59,7 @@ class PlanSource:
       buckets = event_buckets(store, config)[self._events]
     else:
       self._events, self._futures, buckets = moments, (0,), np.zeros(len(moments), np.int64)
-    labels = store.column('label')[self._events]
+    labels = store.codes('label')[1][self._events]  # numbers in the order of the names
     self._plan = EventPlan(labels, buckets, data.batch_size, data.balance, data.seed)
 
   def __len__(self) -> int:
@@ -215,9 +215,8 @@ def make_reader(
   """
   if planes:
     _check_planes(config, store)
-  captions = event_captions(store, config.data.window)
-  distinct, row = np.unique(np.array(captions, dtype=object), return_inverse=True)
-  table = CaptionTable(encode_text, distinct.tolist())
+  distinct, row = caption_rows(store, config.data.window)
+  table = CaptionTable(encode_text, distinct)
   norm = NormStats(*(np.asarray(value, np.float32) for value in vars(norm).values()))
   latents = LatentStore(config.data.latents) if config.data.latents else None
   ask = prompts and Instructions(store, config.data.phrasing, prompts)
@@ -246,10 +245,10 @@ def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
   """Rows of the event index that belong to config.data.split, after checking that they fit the
   config."""
   data, model = config.data, config.model
-  splits = store.column('split')
-  rows = np.flatnonzero(splits == data.split)
+  known, split = store.codes('split')
+  rows = np.flatnonzero((known == data.split)[split])
   if not len(rows):
-    known = sorted(set(splits.tolist()))
+    known = known.tolist()
     raise ConfigError(
       f'data.split={data.split!r} has no events in {store.path}.{nearest(data.split, known)}'
     )
@@ -258,10 +257,9 @@ def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
       f'data.buckets={data.buckets}: chunk windows have one length, expected ({model.future},) '
       '(model.future).'
     )
-  for episode in np.unique(store.column('episode')[rows]).tolist():
-    views = store.episodes['views'][episode].as_py()
-    width = store.episodes['state_width'][episode].as_py()
-    name = store.episodes['episode_id'][episode].as_py()
+  episodes = store.episodes.take(np.unique(store.column('episode')[rows]))
+  columns = (episodes[name].to_pylist() for name in ('episode_id', 'views', 'state_width'))
+  for name, views, width in zip(*columns, strict=True):
     if not set(views) & set(model.views):
       raise ConfigError(
         f'model.views={model.views}: episode {name!r} of {store.path} has none of them, '

@@ -90,8 +90,21 @@ def pick_caption(captions: dict[str, str], purpose: str) -> str:
 
 def event_captions(store: EventStore, purpose: str) -> list[str]:
   """`pick_caption` of every event of a store."""
-  levels = [store.column(level) for level in CAPTION_ORDERS[purpose]]
-  return [next((text for text in texts if text), '') for texts in zip(*levels)]
+  distinct, row = caption_rows(store, purpose)
+  return np.array(distinct, object)[row].tolist()
+
+
+def caption_rows(store: EventStore, purpose: str) -> tuple[list[str], np.ndarray]:
+  """The distinct captions of `event_captions`, sorted, and int [events]: which one each has."""
+  texts, chosen = np.array([''], object), np.zeros(len(store.events), np.int64)
+  for level in CAPTION_ORDERS[purpose]:
+    said, row = store.codes(level)
+    row = np.where((said == '')[row], 0, row + len(texts))
+    chosen = np.where(chosen == 0, row, chosen)
+    texts = np.concatenate([texts, said])
+  used, chosen = np.unique(chosen, return_inverse=True)
+  distinct, rank = np.unique(texts[used], return_inverse=True)
+  return distinct.tolist(), rank[chosen]
 
 
 class Instructions:
