@@ -52,8 +52,8 @@ def refuse(path: pathlib.Path, found: list[Fault]) -> None:
 
 
 class Checks(Protocol):
-  """How the records of one kind of store are checked; made of (folder, manifest, whether its index
-  is sound).
+  """How the records of one kind of store are checked; made of (folder, manifest, files that are
+  damaged).
 
   faults: of the index itself.
   """
@@ -65,7 +65,7 @@ class Checks(Protocol):
 
 
 def inspect(
-  root: pathlib.Path, kind: str, make_checks: Callable[[pathlib.Path, dict, bool], Checks]
+  root: pathlib.Path, kind: str, make_checks: Callable[[pathlib.Path, dict, set[str]], Checks]
 ) -> list[Fault]:
   """All faults of a store of one kind; see `find_faults`."""
   try:
@@ -75,7 +75,7 @@ def inspect(
   except (DataError, CorruptStoreError) as error:
     return [Fault('manifest.json', None, f'{error} Nothing else was checked.')]
   found = [fault for entry in promised['files'] for fault in _file_faults(root, entry)]
-  checks = make_checks(root, promised, not found)
+  checks = make_checks(root, promised, {fault.file for fault in found})
   found += checks.faults
   for shard, entry in enumerate(promised['shards']):
     found += _file_faults(root, entry)
@@ -114,23 +114,25 @@ def _record_faults(root: pathlib.Path, entry: dict, check: Check) -> Iterator[Fa
 
 
 class _Events:
-  """Checks of the records of an event store; without a sound index, of each record alone."""
+  """Checks of the records of an event store; without a sound index, that they follow each other."""
 
-  def __init__(self, root: pathlib.Path, promised: dict, sound: bool):
+  def __init__(self, root: pathlib.Path, promised: dict, damaged: set[str]):
     self.faults: list[Fault] = []
     self._owners: dict[int, dict[int, tuple[int, int]]] = {}  # shard: {record: (episode, block)}
-    self._sound, self._checksums = sound, None
+    names = {index.numbered(x, promised.get('write', 0)) for x in (index.EPISODES, index.EVENTS)}
+    self._sound, self._checksums = not names & damaged, None
     codec = promised.get('settings', {}).get('codec', {'name': 'zstd'})
     self._codec = clips.make_codec(codec['name'], codec.get('crf'))
-    if sound:
-      self._read_index(root, promised)
+    if self._sound:
+      self._read_index(root, promised, damaged)
 
-  def _read_index(self, root: pathlib.Path, promised: dict) -> None:
+  def _read_index(self, root: pathlib.Path, promised: dict, damaged: set[str]) -> None:
     write, counts = promised.get('write', 0), promised['counts']
     try:
       episodes, events = index.read(root, write)
-      lost = {kind: len(lines) for kind, lines in ledger.load(root, write).items()}
-      found = {'episodes': len(episodes), 'events': len(events), **lost}
+      found = {'episodes': len(episodes), 'events': len(events)}
+      if not damaged:
+        found |= {kind: len(lines) for kind, lines in ledger.load(root, write).items()}
       wrong = {k: (counts.get(k, 0), n) for k, n in found.items() if counts.get(k, 0) != n}
       if wrong:
         raise CorruptStoreError(f'(promised, found) differ: {wrong}')
@@ -150,11 +152,22 @@ class _Events:
   def of_shard(self, shard: int) -> Check:
     owners = self._owners.get(shard, {})
     header: dict[int, EpisodeInfo] = {}  # of the episode that is being read
+    last: list[tuple[int, int]] = []
+
+    def place(number: int, raw: bytes) -> tuple[int, int]:
+      if self._sound:
+        if number not in owners:
+          raise CorruptStoreError('no episode of the index has this record')
+        return owners[number]
+      episode, block = records.address(raw)
+      expected = [(last[-1][0], last[-1][1] + 1), (last[-1][0] + 1, records.HEADER)] if last else []
+      last.append((episode, block))
+      if expected and last[-1] not in expected:
+        raise CorruptStoreError(f'expected one of episode, block {expected}, got {last[-1]}')
+      return episode, block
 
     def check(number: int, raw: bytes) -> None:
-      if self._sound and number not in owners:
-        raise CorruptStoreError('no episode of the index has this record')
-      episode, block = owners[number] if self._sound else records.address(raw)
+      episode, block = place(number, raw)
       promised = self._checksums and self._checksums(episode, block)
       try:
         if block == records.HEADER:

@@ -143,10 +143,10 @@ def find_faults(path: str | os.PathLike) -> list[Fault]:
 class _Checks:
   """Checks of the records of precomputed latents."""
 
-  def __init__(self, root: pathlib.Path, promised: dict, sound: bool):
+  def __init__(self, root: pathlib.Path, promised: dict, damaged: set[str]):
     self.faults: list[Fault] = []
     self._owners: dict[int, dict[int, tuple[int, int]]] | None = None
-    if sound:
+    if not damaged:
       self._owners = {}
       for event, (shard, record, frames, _) in read_index(root).items():
         self._owners.setdefault(shard, {})[record] = event, frames

@@ -34,7 +34,6 @@ from wallwm_jax.data.transforms import (
   Instructions,
   WindowReader,
   caption_rows,
-  text_codes,
 )
 from wallwm_jax.types import (
   CheckpointError,
@@ -346,9 +345,10 @@ def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
   """Rows of the event index that belong to config.data.split, after checking that they fit the
   config."""
   data, model = config.data, config.model
-  known, split = text_codes(store.events['split'])
-  rows = np.flatnonzero(split == known.index(data.split)) if data.split in known else ()
+  known, split = store.codes('split')
+  rows = np.flatnonzero((known == data.split)[split])
   if not len(rows):
+    known = known.tolist()
     raise ConfigError(
       f'data.split={data.split!r} has no events in {store.path}.{nearest(data.split, known)}'
     )
@@ -357,10 +357,9 @@ def split_events(store: EventStore, config: ExperimentConfig) -> np.ndarray:
       f'data.buckets={data.buckets}: chunk windows have one length, expected ({model.future},) '
       '(model.future).'
     )
-  for episode in np.unique(store.column('episode')[rows]).tolist():
-    views = store.episodes['views'][episode].as_py()
-    width = store.episodes['state_width'][episode].as_py()
-    name = store.episodes['episode_id'][episode].as_py()
+  episodes = store.episodes.take(np.unique(store.column('episode')[rows]))
+  columns = (episodes[name].to_pylist() for name in ('episode_id', 'views', 'state_width'))
+  for name, views, width in zip(*columns, strict=True):
     if not set(views) & set(model.views):
       raise ConfigError(
         f'model.views={model.views}: episode {name!r} of {store.path} has none of them, '
@@ -391,7 +390,7 @@ def balance_events(
   the event index): balanced over clusters where config.data.clusters is set, else over labels."""
   data = config.data
   if not data.clusters:
-    return label_weights(text_codes(store.events['label'])[1][events], data.balance)
+    return label_weights(store.codes('label')[1][events], data.balance)
   from wallwm_jax.data import balance, cluster  # heavy to import, needed with clusters only
 
   settings = balance.BalanceSettings(

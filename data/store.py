@@ -84,6 +84,10 @@ class EventStore:
     """One index column as NumPy, table 'events' or 'episodes'."""
     return getattr(self, table).column(name).to_numpy()
 
+  def codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct texts of an event column, sorted; int [events], which one each event has)."""
+    return index.text_codes(self.events[name])
+
   @property
   def codec(self) -> dict:
     """'name' of the codec of the pixels, and its settings."""

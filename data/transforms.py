@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import augment, images, packing, traces
@@ -92,33 +90,21 @@ def pick_caption(captions: dict[str, str], purpose: str) -> str:
 
 def event_captions(store: EventStore, purpose: str) -> list[str]:
   """`pick_caption` of every event of a store."""
-  return _captions(store, purpose).to_pylist()
+  distinct, row = caption_rows(store, purpose)
+  return np.array(distinct, object)[row].tolist()
 
 
 def caption_rows(store: EventStore, purpose: str) -> tuple[list[str], np.ndarray]:
-  """The distinct captions of `event_captions`, sorted, and int32 [events], the one of each."""
-  return text_codes(_captions(store, purpose))
-
-
-def text_codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-  """The distinct texts of a column, sorted, and int32 [n], the place of each row's among them.
-
-  Texts of a large index never become Python objects, one for each row.
-  """
-  encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
-  texts = np.array(encoded.dictionary.to_pylist(), dtype=object)
-  order = np.argsort(texts)
-  place = np.empty(len(texts), np.int32)
-  place[order] = np.arange(len(texts), dtype=np.int32)
-  return texts[order].tolist(), place[encoded.indices.to_numpy()]
-
-
-def _captions(store: EventStore, purpose: str) -> pa.ChunkedArray:
-  first, *others = CAPTION_ORDERS[purpose]
-  text = store.events[first].cast(pa.string())
-  for level in others:
-    text = pc.if_else(pc.equal(text, ''), store.events[level].cast(pa.string()), text)
-  return text
+  """The distinct captions of `event_captions`, sorted, and int [events]: which one each has."""
+  texts, chosen = np.array([''], object), np.zeros(len(store.events), np.int64)
+  for level in CAPTION_ORDERS[purpose]:
+    said, row = store.codes(level)
+    row = np.where((said == '')[row], 0, row + len(texts))
+    chosen = np.where(chosen == 0, row, chosen)
+    texts = np.concatenate([texts, said])
+  used, chosen = np.unique(chosen, return_inverse=True)
+  distinct, rank = np.unique(texts[used], return_inverse=True)
+  return distinct.tolist(), rank[chosen]
 
 
 class Instructions:

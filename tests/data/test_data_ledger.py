@@ -1,4 +1,4 @@
-"""Writing more than once: what was read is accounted for, and interruptions leave no trace."""
+"""What was read is accounted for, however often a store is written to or interrupted."""
 
 import dataclasses
 import hashlib

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 
+import fault_factory
 import numpy as np
 import pytest
 from episode_factory import make_episode, make_store
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from wallwm_jax.data import clips, shards
 from wallwm_jax.data.build import build_store
+from wallwm_jax.data.faults import find_faults
 from wallwm_jax.data.schema import Quarantined
 from wallwm_jax.data.store import EpisodeStoreWriter, EventStore
 from wallwm_jax.types import CorruptStoreError, DataError
@@ -349,3 +352,61 @@ def test_split_is_an_exact_fraction_and_does_not_depend_on_the_order(tmp_path):
     split[name] = dict(zip(table['episode_id'].to_pylist(), table['split'].to_pylist()))
   assert split['a'] == split['b']
   assert sorted(split['a'].values()) == ['heldout'] * 5 + ['train'] * 15
+
+
+@pytest.fixture(scope='module')
+def targets(tmp_path_factory):
+  """By codec: a store of several shards, another one, and the content of every episode."""
+  found = {}
+  for codec in ('zstd', 'h264'):
+    whole, other = fault_factory.make_stores(tmp_path_factory.mktemp(codec), codec)
+    assert len(fault_factory.shards_of(whole)) > 1 and not find_faults(whole)
+    found[codec] = whole, other, fault_factory.read_everything(whole)
+  return found
+
+
+@pytest.mark.parametrize('codec', ['zstd', 'h264'])
+@pytest.mark.parametrize('kind', fault_factory.KINDS, ids=lambda kind: kind.__name__)
+def test_injected_faults_are_named_and_never_read(targets, tmp_path, kind, codec):
+  whole, other, content = targets[codec]
+  for seed in range(3):
+    rng = np.random.default_rng((seed, len(kind.__name__)))
+    path, hit = fault_factory.damage(kind, whole, other, tmp_path / str(seed), rng)
+    found, name = find_faults(path), hit.relative_to(path).as_posix()
+    assert any(fault.file == name and fault.reason for fault in found)
+    named = {fault.record for fault in found if fault.file == name}
+    assert fault_factory.harmed_records(path, whole, hit) <= named
+    for now, then in zip(fault_factory.read_everything(path) or (), content):
+      assert now in (None, then)
+
+
+def test_records_out_of_order_are_found_without_an_index(targets, tmp_path):
+  path = shutil.copytree(targets['zstd'][0], tmp_path / 'store')
+  (path / 'index/episodes.parquet').write_bytes(b'gone')
+  shard = fault_factory.shards_of(path)[1]
+  raw = fault_factory.records_of(shard)
+  fault_factory._write(shard, [*raw[:2], raw[3], raw[2], *raw[4:]])
+  found = {(fault.file, fault.record) for fault in find_faults(path)}
+  name = f'shards/{shard.name}'
+  assert {('index/episodes.parquet', None), (name, None), (name, 2), (name, 3)} <= found
+
+
+def test_every_fault_is_listed(pristine, targets, tmp_path, capsys):
+  from wallwm_jax.cli import main
+
+  path = shutil.copytree(targets['zstd'][0], tmp_path / 'store')
+  first, second, *_ = fault_factory.shards_of(path)
+  raw = fault_factory.records_of(first)
+  fault_factory._write(first, [raw[1], raw[0], *raw[2:]])
+  second.unlink()
+  (path / 'rejected.jsonl').write_text('')
+  assert main(['data', 'verify', str(path)]) == 1
+  said = capsys.readouterr().err
+  for part in (
+    r'5 faults', r'rejected.jsonl: .*expected \d+ bytes, got 0',
+    r'episodes-00000.array_record: .*sha256', r'episodes-00000.array_record, record 0: ',
+    r'episodes-00000.array_record, record 1: ', r'episodes-00001.array_record: .*missing',
+  ):  # fmt: skip
+    assert re.search(part, said), (part, said)
+  assert main(['data', 'verify', str(pristine)]) == 0
+  assert 'complete and unchanged' in capsys.readouterr().out
