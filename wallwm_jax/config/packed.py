@@ -17,28 +17,27 @@ def most_events(budget: int) -> int:
 
 
 def spec(
-  model: ModelConfig, budget: int, b: int, *, latents: bool, prompt_tokens: int
+  model: ModelConfig, budget: int, b: int, *, picture: tuple[int, ...], prompt_tokens: int
 ) -> PackedBatch:
   """The PackedBatch of ShapeDtypeStructs of `b` rows of `budget` latent frames.
 
   Args:
-    latents: rows hold latents, not frames; prompt_tokens: of an event's prompt, 0 = none.
+    picture: shape of a frame, () = rows hold latents, not frames; prompt_tokens: of an event's prompt, 0 = none.
   """
   s = jax.ShapeDtypeStruct
   f32, i32, flag = (np.dtype(name) for name in ('float32', 'int32', 'bool'))
   g, f = most_events(budget), budget
   frames, steps = row_frames(f, model.steps_per_latent)
   v, (height, width) = len(model.views), model.image_size
-  picture = data.picture(model.image_size)
   a, x, e = model.action_spec.dim, model.text.tokens, model.text.width
   h, w, c = *model.latent_size, model.codec.channels
   prompt = None
   if prompt_tokens:
     prompt = Prompt(s((b, g, prompt_tokens), i32), s((b, g, prompt_tokens), flag))
   return PackedBatch(
-    frames=None if latents else s((b, v, frames, *picture), np.dtype('uint8')),
-    frame_segment=None if latents else s((b, frames), i32),
-    latents=s((b, v, f, h, w, c), f32) if latents else None,
+    frames=s((b, v, frames, *picture), np.dtype('uint8')) if picture else None,
+    frame_segment=s((b, frames), i32) if picture else None,
+    latents=s((b, v, f, h, w, c), f32) if not picture else None,
     segment=s((b, f), i32),
     position=s((b, f), i32),
     anchor=s((b, f), flag),

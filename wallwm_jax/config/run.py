@@ -308,8 +308,8 @@ class ExperimentConfig:
       return self._moments_spec(b)
     if self.data.pack:
       prompts = self.language.prompt_tokens if self.data.text == 'staircase' else 0
-      latents = bool(self.data.latents)
-      return packed.spec(self.model, self.data.pack, b, latents=latents, prompt_tokens=prompts)
+      picture = () if self.data.latents else self.data.picture(self.model.image_size)
+      return packed.spec(self.model, self.data.pack, b, picture=picture, prompt_tokens=prompts)
     frames, steps = self.window_frames(bucket)
     v, (height, width) = len(self.model.views), self.model.image_size
     a, x, e = self.model.action_spec.dim, self.model.text.tokens, self.model.text.width
