@@ -23,6 +23,7 @@ DISTRIBUTIONS = {  # import name -> distribution name, where they differ
   'orbax': 'orbax-checkpoint',
   'PIL': 'pillow',
   'tensorflow_datasets': 'tensorflow-datasets',
+  'sklearn': 'scikit-learn',
   'yaml': 'pyyaml',
 }
 NEEDED_UNSEEN = {

@@ -22,7 +22,8 @@ def spec(
   """The PackedBatch of ShapeDtypeStructs of `b` rows of `budget` latent frames.
 
   Args:
-    picture: shape of a frame, () = rows hold latents, not frames; prompt_tokens: of an event's prompt, 0 = none.
+    picture: shape of a frame, () = rows hold latents, not frames; prompt_tokens: of an event's
+      prompt, 0 = none.
   """
   s = jax.ShapeDtypeStruct
   f32, i32, flag = (np.dtype(name) for name in ('float32', 'int32', 'bool'))
