@@ -13,7 +13,7 @@ from wallwm_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from wallwm_jax.data import augment, images, stats
 from wallwm_jax.data.augment import AugmentSettings, kept_frames, prune, recolour
 from wallwm_jax.data.build import build_store
-from wallwm_jax.data.pipeline import fingerprint, make_dataset, make_reader
+from wallwm_jax.data.pipeline import PlanSource, fingerprint, make_dataset, make_reader
 from wallwm_jax.data.schema import Calibration, CaptionSpan, EventSpan, validate
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import Draw
@@ -98,7 +98,7 @@ def test_spans_and_moving_cameras_follow_their_frames():
 def test_frames_between_events_and_moving_ones_stay():
   record = _record(_moves([0] * 20), events=(EventSpan(0, 8, 'a'), EventSpan(15, 21, 'b')))
   kept = kept_frames(record, PRUNE).tolist()
-  assert kept == [0, 4, 7, *range(8, 15), 15, 18, 20]
+  assert kept == [0, 4, 7, *range(8, 15), 15, 17, 20]
   busy = _record(_moves([1] * 12))
   pruned = prune(busy, PRUNE)
   assert pruned.frames is busy.frames and pruned.provenance['prune']['cut'] == []
@@ -340,6 +340,9 @@ def test_the_stream_resumes_with_the_same_pixels(store):
 
 
 def test_settings_are_part_of_the_stream_only_when_on(store):
-  plain = fingerprint(_config(), store)
-  assert 'crop' not in plain and 'photometric' not in plain
-  assert fingerprint(_config(crop=0.1), store) == plain | {'crop': 0.1}
+  def plan(**options):
+    config = _config(**options)
+    return fingerprint(config, store, PlanSource(store, config, 1))
+
+  assert not {'crop', 'photometric'} & plan().keys()
+  assert plan(crop=0.1) == plan() | {'crop': 0.1}
