@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse
 import sklearn
-from sklearn.cluster import MiniBatchKMeans
+from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from wallwm_jax.data import manifest
@@ -37,6 +37,8 @@ FORMAT, VERSION = 'wallwm-clusters', 1
 LABELS, META = 'labels.parquet', 'meta.json'
 NO_ACTION = -1  # act label of events without actions
 _CHUNK = 8192  # rows assigned at once
+# Seeding: events per cluster it looks at, rounds of drawing, passes over them before merging.
+_SEEDING, _ROUNDS, _PASSES = 48, 6, 2
 
 _SCHEMA = pa.schema(
   [
@@ -55,8 +57,8 @@ class ClusterSettings:
 
   vl, act: most clusters per side; min_events: mean events per cluster, at least, so that a small
     store gets fewer. seed: of the sample and of k-means.
-  sample: events that centres are fitted on, at most; batch: events per step of mini-batch k-means;
-    epochs: its passes over the sample; refinements: full passes (Lloyd) over the sample after it.
+  sample: events that centres are fitted on, at most. candidates: first centres per cluster, of
+    which neighbours are merged; refinements: passes over the sample (Lloyd) after that.
   embed: how events are embedded.
 
   Raises:
@@ -68,8 +70,7 @@ class ClusterSettings:
   min_events: int = 8
   seed: int = 0
   sample: int = 131_072
-  batch: int = 8192
-  epochs: int = 5
+  candidates: int = 3
   refinements: int = 3
   embed: EmbedSettings = dataclasses.field(default_factory=EmbedSettings)
 
@@ -184,7 +185,7 @@ def cluster_store(
     'version': VERSION,
     'store': store.digest,
     'events': len(train),
-    'algorithm': 'mini-batch k-means (k-means++), then Lloyd',
+    'algorithm': 'k-means|| seeding, weighted k-means++ merge, Lloyd',
     'libraries': {'scikit-learn': sklearn.__version__, 'numpy': np.__version__},
     'embedder': embedder.identity,
     'settings': dataclasses.asdict(settings),
@@ -199,37 +200,59 @@ def cluster_store(
 def fit_centres(
   x: np.ndarray, k: int, settings: ClusterSettings, *, spherical: bool = False
 ) -> np.ndarray:
-  """Centres float32 [k', D] of the rows of x [n, D], k' = min(k, n); the same for every number of
+  """Centres float32 [k', D] of the rows of x [n, D], k' <= min(k, n); the same for every number of
   threads.
+
+  Zipf-like data leave common seedings with several centres in a large cluster and none in small
+  ones. So more candidates than needed are drawn far from one another, moved to the means of what
+  is near them, and clustered themselves, each with the weight of its rows.
 
   Args:
     spherical: rows are of unit length and centres shall be, so that the objective is the mean
       cosine.
+
+  Source: Bahmani et al., "Scalable K-Means++" (arXiv 1203.6402), with means for its sampled points.
   """
-  k = min(k, len(x))
+  random = np.random.RandomState(settings.seed)
   # One thread: sums in OpenMP and BLAS depend on how many take part.
   with threadpool_limits(limits=1):
-    model = MiniBatchKMeans(
-      k,
-      init='k-means++',
-      n_init=1,
-      max_iter=settings.epochs,
-      batch_size=settings.batch,
-      random_state=settings.seed,
-      reassignment_ratio=0.0,
-    )
-    centres = model.fit(x).cluster_centers_.astype(np.float32)
-    centres = _unit_rows(centres) if spherical else centres
+    subset = x[np.sort(random.permutation(len(x))[: _SEEDING * k])]
+    centres = _far_rows(subset, settings.candidates * k, random)
+    for _ in range(_PASSES):
+      centres, weight = _means(subset, centres)
+    centres, weight = centres[weight > 0], weight[weight > 0]
+    if len(centres) > k:
+      model = KMeans(k, n_init=1, tol=1e-3, random_state=settings.seed)
+      centres = model.fit(centres, sample_weight=weight).cluster_centers_
     for _ in range(settings.refinements):
-      labels, _ = assign(x, centres)
-      member = scipy.sparse.csr_array(
-        (np.ones(len(x), np.float32), labels, np.arange(len(x) + 1)), shape=(len(x), k)
-      )
-      count = np.bincount(labels, minlength=k)[:, None]
-      means = (member.T @ x) / np.maximum(count, 1)
-      centres = np.where(count > 0, _unit_rows(means) if spherical else means, centres)
-      centres = centres.astype(np.float32)
-  return centres
+      centres, _ = _means(x, _unit_rows(centres) if spherical else centres)
+    return _unit_rows(centres) if spherical else centres
+
+
+def _far_rows(x: np.ndarray, count: int, random: np.random.RandomState) -> np.ndarray:
+  """At most `count` rows of x, drawn in rounds in proportion to the squared distance to those drawn
+  before."""
+  chosen = drawn = x[:1]
+  nearest = np.full(len(x), np.inf)
+  for _ in range(_ROUNDS):
+    nearest = np.minimum(nearest, assign(x, drawn)[1].astype(np.float64) ** 2)
+    size = min(-(-count // _ROUNDS), np.count_nonzero(nearest), count - len(chosen))
+    if size <= 0:
+      break
+    drawn = x[random.choice(len(x), size, replace=False, p=nearest / nearest.sum())]
+    chosen = np.concatenate([chosen, drawn])
+  return chosen
+
+
+def _means(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(mean of the rows nearest to each centre, or the centre where there are none; their number)."""
+  labels, _ = assign(x, centres)
+  member = scipy.sparse.csr_array(
+    (np.ones(len(x), np.float32), labels, np.arange(len(x) + 1)), shape=(len(x), len(centres))
+  )
+  count = np.bincount(labels, minlength=len(centres)).astype(np.float32)
+  means = (member.T @ x) / np.maximum(count, 1)[:, None]
+  return np.where(count[:, None] > 0, means, centres).astype(np.float32), count
 
 
 def assign(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
