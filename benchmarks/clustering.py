@@ -1,5 +1,5 @@
-"""Clusters of a Zipf mixture: processor time, mean cosine to the centre, whether labels are the same
-in every run; and what balancing does to 512 x 64 dependent clusters of a million events.
+"""Clusters of a Zipf mixture: processor time, mean cosine to the centre, whether labels are the
+same in every run; and what balancing does to 512 x 64 dependent clusters of a million events.
 
 wallwm bench clustering
 """
