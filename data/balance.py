@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from wallwm_jax.data.cluster import Labels
+from wallwm_jax.data.labels import Labels
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.types import ConfigError, DataError
 
@@ -155,8 +155,7 @@ def cells(
   """Dense ids int64 [n] of the distinct (source, recovery, vl, act): events of a cell share one
   weight whatever the settings of `event_weights`."""
   vl, act = _check_labels(vl, act)
-  columns = (np.asarray(c) for c in (source, recovery, vl, act) if c is not None)
-  return _codes(*columns)[0]
+  return _codes(*(column for column in (source, recovery, vl, act) if column is not None))[0]
 
 
 def balance_metrics(

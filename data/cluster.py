@@ -1,52 +1,48 @@
-"""Clusters of events, computed once and frozen to disk: the loader reads labels only.
+"""Clusters of the events of a store: k-means of what is seen and said, and of how the arm moves.
 
-  clusters/<name>/labels.parquet   uid, vl and act label, distance of each event to its two centres
-  clusters/<name>/meta.json        how they were made, of which store, and the sha256 of the labels
-
-`vl` clusters (observation, caption) vectors, `act` action trajectories; events without actions have
-act = -1. Clusters are numbered by size, 0 is the largest.
+The same labels from every run, whatever the number of threads; `labels` keeps them on disk.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
-import shutil
 import tempfile
-import uuid
-from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse
 import sklearn
-from sklearn.cluster import MiniBatchKMeans
+from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from wallwm_jax.data import manifest
 from wallwm_jax.data.embed import DescriptorEmbedder, Embedder, EmbedSettings, embed_events
-from wallwm_jax.data.store import EventStore
-from wallwm_jax.types import ConfigError, CorruptStoreError, DataError
-
-FORMAT, VERSION = 'wallwm-clusters', 1
-LABELS, META = 'labels.parquet', 'meta.json'
-NO_ACTION = -1  # act label of events without actions
-_CHUNK = 8192  # rows assigned at once
-
-_SCHEMA = pa.schema(
-  [
-    ('uid', pa.uint64()),
-    ('vl', pa.int32()),
-    ('act', pa.int32()),
-    ('vl_distance', pa.float32()),
-    ('act_distance', pa.float32()),
-  ]
+from wallwm_jax.data.labels import (
+  FORMAT,
+  NO_ACTION,
+  VERSION,
+  Labels,
+  check_free,
+  cluster_sizes,
+  examples,
 )
+from wallwm_jax.data.store import EventStore
+from wallwm_jax.types import ConfigError
+
+__all__ = [
+  'ClusterSettings',
+  'Labels',
+  'assign',
+  'cluster_sizes',
+  'cluster_store',
+  'examples',
+  'fit_centres',
+]
+
+_CHUNK = 8192  # rows assigned at once
+# Seeding: events per cluster it looks at, rounds of drawing, passes over them before merging.
+_SEEDING, _ROUNDS, _PASSES = 48, 6, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +51,8 @@ class ClusterSettings:
 
   vl, act: most clusters per side; min_events: mean events per cluster, at least, so that a small
     store gets fewer. seed: of the sample and of k-means.
-  sample: events that centres are fitted on, at most; batch: events per step of mini-batch k-means;
-    epochs: its passes over the sample; refinements: full passes (Lloyd) over the sample after it.
+  sample: events that centres are fitted on, at most. candidates: first centres per cluster, of
+    which neighbours are merged; refinements: passes over the sample (Lloyd) after that.
   embed: how events are embedded.
 
   Raises:
@@ -68,8 +64,7 @@ class ClusterSettings:
   min_events: int = 8
   seed: int = 0
   sample: int = 131_072
-  batch: int = 8192
-  epochs: int = 5
+  candidates: int = 3
   refinements: int = 3
   embed: EmbedSettings = dataclasses.field(default_factory=EmbedSettings)
 
@@ -78,77 +73,6 @@ class ClusterSettings:
       lowest = 0 if name in ('seed', 'refinements') else 1
       if name != 'embed' and value < lowest:
         raise ConfigError(f'clusters.{name}: expected >= {lowest}, got {value}.')
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Labels:
-  """Cluster labels of all events of a store, in the order of its index.
-
-  uid: uint64 [n]; vl, act: int32 [n], act -1 = no actions; vl_distance, act_distance: float32 [n]
-  to the centre in feature space, NaN without actions. meta: content of meta.json.
-  """
-
-  uid: np.ndarray
-  vl: np.ndarray
-  act: np.ndarray
-  vl_distance: np.ndarray
-  act_distance: np.ndarray
-  meta: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-  @property
-  def sha256(self) -> str:
-    """Hex digest of uids and labels."""
-    digest = hashlib.sha256()
-    for values, dtype in ((self.uid, '<u8'), (self.vl, '<i4'), (self.act, '<i4')):
-      digest.update(np.ascontiguousarray(values, dtype).tobytes())
-    return digest.hexdigest()
-
-  @classmethod
-  def load(cls, path: str | os.PathLike, store: EventStore) -> Labels:
-    """The labels at `path`, in the order of the store's index.
-
-    Raises:
-      DataError: there are none, they are of a newer version, or of other events than the store's,
-        naming the difference.
-      CorruptStoreError: they are not what was written.
-    """
-    path = pathlib.Path(path)
-    meta = _read_meta(path)
-    (entry,) = meta['files']
-    manifest.check_size(path, entry)
-    manifest.check_digest(path, entry)
-    table = pq.read_table(path / LABELS, schema=_SCHEMA)
-    stored = cls(*(table.column(name).to_numpy() for name in _SCHEMA.names), meta)
-    if stored.sha256 != meta['labels_sha256']:
-      raise CorruptStoreError(
-        f'{path / LABELS}: labels have sha256 {stored.sha256[:16]}..., {META} promises '
-        f'{meta["labels_sha256"][:16]}... Copy both again or cluster again.'
-      )
-    rows = _align(stored.uid, store, path)
-    columns = (getattr(stored, name)[rows] for name in _SCHEMA.names)
-    return cls(*columns, meta)
-
-  def save(self, out: str | os.PathLike) -> None:
-    """Writes labels.parquet and meta.json into the new folder `out`, which appears when whole.
-
-    Raises:
-      DataError: `out` exists.
-    """
-    out = pathlib.Path(out).absolute()
-    _check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.parent / f'.{out.name}.building-{uuid.uuid4().hex}'
-    building.mkdir()
-    try:
-      columns = {name: getattr(self, name) for name in _SCHEMA.names}
-      pq.write_table(pa.table(columns, schema=_SCHEMA), building / LABELS)
-      entry = manifest.describe(building, LABELS, len(self.uid))
-      content = self.meta | {'labels_sha256': self.sha256, 'files': [entry]}
-      (building / META).write_text(json.dumps(content, indent=1) + '\n')
-      os.rename(building, out)
-    except BaseException:
-      shutil.rmtree(building, ignore_errors=True)
-      raise
 
 
 def cluster_store(
@@ -168,7 +92,7 @@ def cluster_store(
   """
   embedder = DescriptorEmbedder() if embedder is None else embedder
   out = pathlib.Path(store.path / 'clusters' / 'default' if out is None else out).absolute()
-  _check_free(out)
+  check_free(out)
   out.parent.mkdir(parents=True, exist_ok=True)
   train = store.column('split') == 'train'
   train = train if train.any() else np.ones_like(train)
@@ -184,7 +108,7 @@ def cluster_store(
     'version': VERSION,
     'store': store.digest,
     'events': len(train),
-    'algorithm': 'mini-batch k-means (k-means++), then Lloyd',
+    'algorithm': 'k-means|| seeding, weighted k-means++ merge, Lloyd',
     'libraries': {'scikit-learn': sklearn.__version__, 'numpy': np.__version__},
     'embedder': embedder.identity,
     'settings': dataclasses.asdict(settings),
@@ -199,37 +123,59 @@ def cluster_store(
 def fit_centres(
   x: np.ndarray, k: int, settings: ClusterSettings, *, spherical: bool = False
 ) -> np.ndarray:
-  """Centres float32 [k', D] of the rows of x [n, D], k' = min(k, n); the same for every number of
+  """Centres float32 [k', D] of the rows of x [n, D], k' <= min(k, n); the same for every number of
   threads.
+
+  Zipf-like data leave common seedings with several centres in a large cluster and none in small
+  ones. So more candidates than needed are drawn far from one another, moved to the means of what
+  is near them, and clustered themselves, each with the weight of its rows.
 
   Args:
     spherical: rows are of unit length and centres shall be, so that the objective is the mean
       cosine.
+
+  Source: Bahmani et al., "Scalable K-Means++" (arXiv 1203.6402), with means for its sampled points.
   """
-  k = min(k, len(x))
+  random = np.random.RandomState(settings.seed)
   # One thread: sums in OpenMP and BLAS depend on how many take part.
   with threadpool_limits(limits=1):
-    model = MiniBatchKMeans(
-      k,
-      init='k-means++',
-      n_init=1,
-      max_iter=settings.epochs,
-      batch_size=settings.batch,
-      random_state=settings.seed,
-      reassignment_ratio=0.0,
-    )
-    centres = model.fit(x).cluster_centers_.astype(np.float32)
-    centres = _unit_rows(centres) if spherical else centres
+    subset = x[np.sort(random.permutation(len(x))[: _SEEDING * k])]
+    centres = _far_rows(subset, settings.candidates * k, random)
+    for _ in range(_PASSES):
+      centres, weight = _means(subset, centres)
+    centres, weight = centres[weight > 0], weight[weight > 0]
+    if len(centres) > k:
+      model = KMeans(k, n_init=1, tol=1e-3, random_state=settings.seed)
+      centres = model.fit(centres, sample_weight=weight).cluster_centers_
     for _ in range(settings.refinements):
-      labels, _ = assign(x, centres)
-      member = scipy.sparse.csr_array(
-        (np.ones(len(x), np.float32), labels, np.arange(len(x) + 1)), shape=(len(x), k)
-      )
-      count = np.bincount(labels, minlength=k)[:, None]
-      means = (member.T @ x) / np.maximum(count, 1)
-      centres = np.where(count > 0, _unit_rows(means) if spherical else means, centres)
-      centres = centres.astype(np.float32)
-  return centres
+      centres, _ = _means(x, _unit_rows(centres) if spherical else centres)
+    return _unit_rows(centres) if spherical else centres
+
+
+def _far_rows(x: np.ndarray, count: int, random: np.random.RandomState) -> np.ndarray:
+  """At most `count` rows of x, drawn in rounds in proportion to the squared distance to those drawn
+  before."""
+  chosen = drawn = x[:1]
+  nearest = np.full(len(x), np.inf)
+  for _ in range(_ROUNDS):
+    nearest = np.minimum(nearest, assign(x, drawn)[1].astype(np.float64) ** 2)
+    size = min(-(-count // _ROUNDS), np.count_nonzero(nearest), count - len(chosen))
+    if size <= 0:
+      break
+    drawn = x[random.choice(len(x), size, replace=False, p=nearest / nearest.sum())]
+    chosen = np.concatenate([chosen, drawn])
+  return chosen
+
+
+def _means(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(mean of the rows nearest to each centre, or the centre where there are none; their number)."""
+  labels, _ = assign(x, centres)
+  member = scipy.sparse.csr_array(
+    (np.ones(len(x), np.float32), labels, np.arange(len(x) + 1)), shape=(len(x), len(centres))
+  )
+  count = np.bincount(labels, minlength=len(centres)).astype(np.float32)
+  means = (member.T @ x) / np.maximum(count, 1)[:, None]
+  return np.where(count[:, None] > 0, means, centres).astype(np.float32), count
 
 
 def assign(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,26 +192,9 @@ def assign(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels[rows] = best
     distance[rows] = np.linalg.norm(chunk - centres[best], axis=1)
 
-  with (
-    threadpool_limits(limits=1),
-    concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-  ):
+  with threadpool_limits(limits=1), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     list(pool.map(one, range(0, len(x), _CHUNK)))
   return labels, distance
-
-
-def cluster_sizes(labels: Labels) -> dict[str, np.ndarray]:
-  """Events per cluster: {'vl': int64 [K], 'act': int64 [K']}; those without actions in none."""
-  return {'vl': np.bincount(labels.vl), 'act': np.bincount(labels.act[labels.act >= 0])}
-
-
-def examples(labels: Labels, side: Literal['vl', 'act'], count: int) -> list[np.ndarray]:
-  """For every cluster of a side, rows of the event index of its (at most) `count` events nearest
-  to the centre, nearest first."""
-  label, distance = getattr(labels, side), getattr(labels, f'{side}_distance')
-  order = np.lexsort((np.arange(len(label)), distance, label))
-  ends = np.searchsorted(label[order], np.arange(label.max() + 2))
-  return [order[a:b][:count] for a, b in zip(ends, ends[1:])]
 
 
 def _cluster_side(
@@ -298,45 +227,3 @@ def _by_size(labels: np.ndarray) -> np.ndarray:
 def _unit_rows(x: np.ndarray) -> np.ndarray:
   norm = np.linalg.norm(x, axis=1, keepdims=True)
   return x / np.where(norm > 0, norm, 1)
-
-
-def _check_free(out: pathlib.Path) -> None:
-  if out.exists():
-    raise DataError(f'clusters {out}: expected a new folder, but it exists. Choose another name.')
-
-
-def _read_meta(path: pathlib.Path) -> dict[str, Any]:
-  file = path / META
-  if not file.is_file():
-    raise DataError(f'no clusters at {path}: {META} not found. Cluster the store first.')
-  try:
-    meta = json.loads(file.read_text())
-  except ValueError as error:
-    raise CorruptStoreError(f'{file}: not valid JSON ({error}).') from None
-  if not isinstance(meta, dict) or meta.get('format') != FORMAT:
-    got = meta.get('format') if isinstance(meta, dict) else None
-    raise DataError(f'{file}: expected format {FORMAT!r}, got {got!r}.')
-  if not isinstance(meta.get('version'), int) or meta['version'] > VERSION:
-    raise DataError(
-      f'{file}: version {meta.get("version")}, this code reads up to {VERSION}. Upgrade wallwm_jax.'
-    )
-  missing = [key for key in ('files', 'labels_sha256', 'store') if key not in meta]
-  if missing:
-    raise CorruptStoreError(f'{file}: {missing} missing. Copy it again or cluster again.')
-  return meta
-
-
-def _align(uid: np.ndarray, store: EventStore, path: pathlib.Path) -> np.ndarray:
-  """Rows of `uid` in the order of the store's index."""
-  wanted = store.column('uid')
-  order = np.argsort(uid, kind='stable')
-  place = np.minimum(np.searchsorted(uid[order], wanted), max(len(uid) - 1, 0))
-  unlabelled = wanted[uid[order][place] != wanted] if len(uid) else wanted
-  unknown = np.setdiff1d(uid, wanted)
-  if len(unlabelled) or len(unknown):
-    raise DataError(
-      f'clusters {path} are not those of store {store.path}: of {len(wanted)} events '
-      f'{len(unlabelled)} have no label (first uids {unlabelled[:3].tolist()}), {len(unknown)} '
-      f'labels are of other events (first uids {unknown[:3].tolist()}). Cluster this store again.'
-    )
-  return order[place]
