@@ -35,11 +35,12 @@ def letterbox_mask(source: Size, target: Size, mask: np.ndarray | None = None) -
   """bool [*target], False on borders: those letterboxing adds and those of `mask` [*source]."""
   (height, width), (top, left) = fit(source, target)
   result = np.zeros(target, bool)
-  rows = np.arange(height) * source[0] // height
-  columns = np.arange(width) * source[1] // width
-  result[top : top + height, left : left + width] = (
-    True if mask is None else mask[np.ix_(rows, columns)]
-  )
+  inside = result[top : top + height, left : left + width]
+  if mask is None:
+    inside[:] = True
+  else:
+    rows = np.arange(height) * source[0] // height
+    inside[:] = mask[np.ix_(rows, np.arange(width) * source[1] // width)]
   return result
 
 

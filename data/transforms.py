@@ -10,6 +10,7 @@ repeated and the last target held (the end pose is supervised); beyond them ever
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ class Window:
   num_steps: int
 
 
+@functools.lru_cache(maxsize=64)  # a draw asks for its window several times
 def cut_window(
   first: int, anchor: int, last: int, *, history: int, future: int, rate: int, stride: int
 ) -> Window:
@@ -72,13 +74,18 @@ def cut_window(
   latents = min(future, -(-available // rate))
   ahead = np.arange(-rate * history, rate * future + 1)
   return Window(
-    frames=np.clip(anchor + stride * ahead, first, last),
+    frames=_fixed(np.clip(anchor + stride * ahead, first, last)),
     # Model step i covers raw steps stride * i .. stride * i + stride - 1; its target is the last
     # command of those.
-    targets=np.minimum(anchor + stride * np.arange(1, rate * future + 1), last) - 1,
+    targets=_fixed(np.minimum(anchor + stride * np.arange(1, rate * future + 1), last) - 1),
     num_frames=1 + rate * (history + latents),
     num_steps=rate * latents,
   )
+
+
+def _fixed(x: np.ndarray) -> np.ndarray:
+  x.flags.writeable = False
+  return x
 
 
 def pick_caption(captions: dict[str, str], purpose: str) -> str:
@@ -264,8 +271,10 @@ class WindowReader:
   def _padded_latents(self, draw: Draw) -> np.ndarray:
     """float32 [V, 1 + N, h, w, C], zeros beyond the real latent frames."""
     real = 1 + (self.window(draw).num_frames - 1) // self._config.model.steps_per_latent
-    stored = self._latents.latents(draw.event)[:, :real]
-    return np.pad(stored, [(0, 0), (0, 1 + draw.bucket - real)] + [(0, 0)] * 3)
+    stored = self._latents.stored(draw.event)
+    padded = np.zeros((len(stored), 1 + draw.bucket, *stored.shape[2:]), np.float32)
+    padded[:, :real] = stored[:, :real]
+    return padded
 
   def _calibration(self, info: EpisodeInfo, anchor: int) -> Cameras:
     names, size = self._config.model.views, self._config.model.image_size
