@@ -19,6 +19,7 @@ import numpy as np
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import images, traces
 from wallwm_jax.data.captions import CaptionTable
+from wallwm_jax.data.index import only_used
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
 from wallwm_jax.data.store import EventStore
@@ -103,15 +104,14 @@ def event_captions(store: EventStore, purpose: str) -> list[str]:
 
 def caption_rows(store: EventStore, purpose: str) -> tuple[list[str], np.ndarray]:
   """The distinct captions of `event_captions`, sorted, and int [events]: which one each has."""
-  texts, chosen = np.array([''], object), np.zeros(len(store.events), np.int64)
+  texts, chosen = np.array([''], object), np.zeros(len(store.events), np.int32)
   for level in CAPTION_ORDERS[purpose]:
     said, row = store.codes(level)
-    row = np.where((said == '')[row], 0, row + len(texts))
-    chosen = np.where(chosen == 0, row, chosen)
+    place = np.where(said == '', 0, np.arange(len(said)) + len(texts)).astype(np.int32)
+    chosen = np.where(chosen == 0, place[row], chosen)
     texts = np.concatenate([texts, said])
-  used, chosen = np.unique(chosen, return_inverse=True)
-  distinct, rank = np.unique(texts[used], return_inverse=True)
-  return distinct.tolist(), rank[chosen]
+  distinct, chosen = only_used(texts, chosen)
+  return distinct.tolist(), chosen
 
 
 class Instructions:
