@@ -53,7 +53,7 @@ def main() -> None:
       figures[name] = frames(root / name, args.video, size, args.rounds)
     small = EventStore(root / '64x64' / 'h264')
     figures['latents'] = latents(root, small, args.rounds)
-    figures['memory'] = memory(small, args.soak)
+    figures['memory'] = memory(root, small, args.soak)
     figures['large_index'] = large_index(root / 'large', args.events)
   harness.report(
     'Grain pipeline from an event store, 3 views, events of 129 frames (real video)',
@@ -172,9 +172,16 @@ def latents(root: pathlib.Path, store: EventStore, rounds: int) -> dict[str, flo
   return {'events/CPU-s': round(SHAPE['batch_size'] / cost), 'shape': list(shape)}
 
 
-def memory(store: EventStore, count: int) -> dict[str, float]:
+def memory(root: pathlib.Path, whole: EventStore, count: int) -> dict[str, float]:
   """Growth of resident memory between a tenth of the batches and all of them."""
-  config = experiment(store.info(0).views, SIZES['64x64'], buckets=(1,), planes=True, threads=2)
+  episode = whole.episode(0)
+  spans = tuple(EventSpan(s, s + 5, 'unlabelled') for s in range(0, episode.num_frames - 5, 4))
+  build_store([dataclasses.replace(episode, events=spans)], root / 'short', codec='h264', heldout=0,
+              progress=False)  # fmt: skip
+  store = EventStore(root / 'short')
+  config = experiment(
+    episode.views, SIZES['64x64'], buckets=(1,), planes=True, threads=2, batch_size=1
+  )
   batches, process = stream(store, config), psutil.Process()
   for i in range(count):
     if i == count // 10:

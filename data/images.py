@@ -52,11 +52,13 @@ def letterbox_mask(
   (height, width), (top, left) = fit(source, target)
   part = box or Box(0, 0, *source)
   result = np.zeros(target, bool)
-  rows = (part.top + (np.arange(height) + 0.5) * (part.bottom - part.top) / height).astype(int)
-  columns = (part.left + (np.arange(width) + 0.5) * (part.right - part.left) / width).astype(int)
-  result[top : top + height, left : left + width] = (
-    True if mask is None else mask[np.ix_(rows, columns)]
-  )
+  inside = result[top : top + height, left : left + width]
+  if mask is None:
+    inside[:] = True
+  else:
+    rows = (part.top + (np.arange(height) + 0.5) * (part.bottom - part.top) / height).astype(int)
+    columns = (part.left + (np.arange(width) + 0.5) * (part.right - part.left) / width).astype(int)
+    inside[:] = mask[np.ix_(rows, columns)]
   return result
 
 

@@ -162,10 +162,20 @@ def text_codes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
   if not pa.types.is_dictionary(column.type):
     column = column.dictionary_encode()
   column = column.unify_dictionaries().combine_chunks()
-  values = column.dictionary.to_numpy(zero_copy_only=False)
-  used, codes = np.unique(column.indices.to_numpy(), return_inverse=True)
-  distinct, rank = np.unique(values[used].astype(object), return_inverse=True)
-  return distinct, rank[codes]
+  values = column.dictionary.to_numpy(zero_copy_only=False).astype(object)
+  return only_used(values, column.indices.to_numpy())
+
+
+def only_used(texts: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(distinct texts that `codes` [n] name, sorted; int [n], which one each is).
+
+  Counts instead of sorting: a million events in milliseconds.
+  """
+  used = np.flatnonzero(np.bincount(codes, minlength=len(texts)))
+  distinct, rank = np.unique(texts[used], return_inverse=True)
+  new = np.zeros(len(texts), np.int32)
+  new[used] = rank
+  return distinct, new[codes]
 
 
 class Checksums:

@@ -114,6 +114,10 @@ class LatentStore:
 
   def latents(self, event: int) -> np.ndarray:
     """float32 [V, F, h, w, C] of one event, F = 1 + its future latents."""
+    return self.stored(event).astype(np.float32)
+
+  def stored(self, event: int) -> np.ndarray:
+    """`latents` in the type that they are stored in."""
     shard, record, frames, _ = self._rows[event]
     try:
       (raw,) = self._shards.read(shard, [record])
@@ -127,7 +131,7 @@ class LatentStore:
       raise CorruptStoreError(
         f'event {event} of {self.path}: expected {frames} latent frames, got {x.shape[1]}.'
       )
-    return x.astype(np.float32)
+    return x
 
   def verify(self) -> None:
     """Checks the sha256 of every file and reads every record; raises CorruptStoreError naming

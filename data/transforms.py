@@ -10,6 +10,7 @@ repeated and the last target held (the end pose is supervised); beyond them ever
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import augment, images, packing, traces
 from wallwm_jax.data.captions import CaptionTable
+from wallwm_jax.data.index import only_used
 from wallwm_jax.data.latents import LatentStore
 from wallwm_jax.data.records import EpisodeInfo
 from wallwm_jax.data.store import EventStore
@@ -59,6 +61,7 @@ class Window:
   num_steps: int
 
 
+@functools.lru_cache(maxsize=64)  # a draw asks for its window several times
 def cut_window(
   first: int, anchor: int, last: int, *, history: int, future: int, rate: int, stride: int
 ) -> Window:
@@ -72,13 +75,18 @@ def cut_window(
   latents = min(future, -(-available // rate))
   ahead = np.arange(-rate * history, rate * future + 1)
   return Window(
-    frames=np.clip(anchor + stride * ahead, first, last),
+    frames=_fixed(np.clip(anchor + stride * ahead, first, last)),
     # Model step i covers raw steps stride * i .. stride * i + stride - 1; its target is the last
     # command of those.
-    targets=np.minimum(anchor + stride * np.arange(1, rate * future + 1), last) - 1,
+    targets=_fixed(np.minimum(anchor + stride * np.arange(1, rate * future + 1), last) - 1),
     num_frames=1 + rate * (history + latents),
     num_steps=rate * latents,
   )
+
+
+def _fixed(x: np.ndarray) -> np.ndarray:
+  x.flags.writeable = False
+  return x
 
 
 def pick_caption(captions: dict[str, str], purpose: str) -> str:
@@ -96,15 +104,14 @@ def event_captions(store: EventStore, purpose: str) -> list[str]:
 
 def caption_rows(store: EventStore, purpose: str) -> tuple[list[str], np.ndarray]:
   """The distinct captions of `event_captions`, sorted, and int [events]: which one each has."""
-  texts, chosen = np.array([''], object), np.zeros(len(store.events), np.int64)
+  texts, chosen = np.array([''], object), np.zeros(len(store.events), np.int32)
   for level in CAPTION_ORDERS[purpose]:
     said, row = store.codes(level)
-    row = np.where((said == '')[row], 0, row + len(texts))
-    chosen = np.where(chosen == 0, row, chosen)
+    place = np.where(said == '', 0, np.arange(len(said)) + len(texts)).astype(np.int32)
+    chosen = np.where(chosen == 0, place[row], chosen)
     texts = np.concatenate([texts, said])
-  used, chosen = np.unique(chosen, return_inverse=True)
-  distinct, rank = np.unique(texts[used], return_inverse=True)
-  return distinct.tolist(), rank[chosen]
+  distinct, chosen = only_used(texts, chosen)
+  return distinct.tolist(), chosen
 
 
 class Instructions:
@@ -301,8 +308,10 @@ class WindowReader:
   def _padded_latents(self, draw: Draw) -> np.ndarray:
     """float32 [V, 1 + N, h, w, C], zeros beyond the real latent frames."""
     real = 1 + (self.window(draw).num_frames - 1) // self._config.model.steps_per_latent
-    stored = self._latents.latents(draw.event)[:, :real]
-    return np.pad(stored, [(0, 0), (0, 1 + draw.bucket - real)] + [(0, 0)] * 3)
+    stored = self._latents.stored(draw.event)
+    padded = np.zeros((len(stored), 1 + draw.bucket, *stored.shape[2:]), np.float32)
+    padded[:, :real] = stored[:, :real]
+    return padded
 
   def _calibration(self, draw: Draw, info: EpisodeInfo) -> Cameras:
     names, size = self._config.model.views, self._config.model.image_size
