@@ -20,19 +20,19 @@ from wallwm_jax.data.permutation import fold, shuffled
 from wallwm_jax.data.sampler import EventPlan
 from wallwm_jax.types import DataError, EventBatch, PackedBatch
 
-_KEPT = 4  # blocks in memory
+_KEPT = 2  # blocks in memory
 _PER_EVENT = (
   'raw_length', 'state', 'text', 'view_mask', 'pixel_mask', 'cameras', 'uid', 'prompt'
 )
 
 
 class PackedBlock(NamedTuple):
-  """The rows of a block: row i ends before ends[i] in events (positions in the plan) and draws (the
-  numbers of the draws that picked them)."""
+  """The rows of a block, int32: row i ends before ends[i] in events (positions in the plan) and
+  places (in the block, of the draws that picked them)."""
 
   ends: np.ndarray
   events: np.ndarray
-  draws: np.ndarray
+  places: np.ndarray
 
 
 class PackedPlan:
@@ -62,10 +62,10 @@ class PackedPlan:
     """Events (positions in the plan) of row number `row`, in the order of their draws, and the
     numbers of those draws."""
     block, first = self.landmark(row)
-    ends, events, draws = self.block(block)
+    ends, events, places = self.block(block)
     stop = ends[row - first]
     start = ends[row - first - 1] if row > first else 0
-    return events[start:stop], draws[start:stop]
+    return events[start:stop], block * self._plan.block_size + places[start:stop].astype(np.int64)
 
   def landmark(self, row: int) -> tuple[int, int]:
     """(the block that row number `row` lies in, the number of that block's first row)."""
@@ -97,7 +97,7 @@ class PackedPlan:
     rows = shuffled(count, fold(self._key, block))[rows]
     places = np.sort(rows * size + np.arange(size)) % size  # in the order of (row, draw)
     ends = np.cumsum(np.bincount(rows, minlength=count))
-    return PackedBlock(ends, events[places], block * size + places)
+    return PackedBlock(ends.astype(np.int32), events[places], places.astype(np.int32))
 
 
 def pack(costs: np.ndarray, budget: int) -> tuple[np.ndarray, int]:

@@ -26,8 +26,8 @@ from wallwm_jax.types import DataError
 BLOCK = 65536  # draws of a block; less where there are fewer events
 BUCKET_BLOCK = 256  # steps; bucket shares are exact to about one step over this many
 _SMALLEST_BLOCK = 4096
-_RUN = 64  # cells
-_KEPT = 4  # blocks in memory: threads read ahead by a few batches at most
+_RUN = 256  # cells
+_KEPT = 2  # blocks in memory: threads that read ahead reach into the next one
 _TIES, _ORDER, _EVENTS, _BUCKETS = range(4)  # purposes, so that no two random streams coincide
 
 
@@ -45,7 +45,7 @@ class CellStream:
   def __init__(self, mass: np.ndarray, block: int, key: int):
     self.block_size, self._key = block, key
     self._levels, self._leaf = _rounding_tree(np.asarray(mass, np.float64), fold(key, _TIES))
-    self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    self._located: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
   def counts(self, block: int) -> np.ndarray:
     """int64 [C]: draws of each cell in all blocks before `block`; they add up to all draws."""
@@ -59,23 +59,19 @@ class CellStream:
       at[first + 1 : first + 2 * len(nodes) : 2] = parent - left
     return at[self._leaf]
 
-  def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cell [block_size] of each draw of a block, and how many draws of that cell came before."""
-    kept = self._blocks.get(block)
-    if kept is None:
-      kept = self._make(block)
-      if len(self._blocks) >= _KEPT:
-        self._blocks.clear()
-      self._blocks[block] = kept
-    return kept
-
   def locate(self, draw: int) -> tuple[int, int]:
     """(cell of draw number `draw`, how many draws of that cell came before it)."""
     block, place = divmod(draw, self.block_size)
-    cells, ordinals = self.block(block)
-    return int(cells[place]), int(ordinals[place])
+    located = self._located.get(block)
+    if located is None:
+      located = self.block(block)
+      if len(self._located) >= _KEPT:
+        self._located.clear()
+      self._located[block] = located
+    return int(located[0][place]), int(located[1][place])
 
-  def _make(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+  def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cell [block_size] of each draw of a block, and how many draws of that cell came before."""
     before = self.counts(block)
     here = self.counts(block + 1) - before
     ordered = np.repeat(np.arange(len(here)), here)
