@@ -21,7 +21,6 @@ from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.store_writer import KNOWN, EpisodeStoreWriter, writer_settings
 from wallwm_jax.types import ConfigError, DataError
 
-
 _COLUMNS = (
   *Progress.get_default_columns()[:2],
   MofNCompleteColumn(),
