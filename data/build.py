@@ -21,6 +21,14 @@ from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.store_writer import KNOWN, EpisodeStoreWriter, writer_settings
 from wallwm_jax.types import ConfigError, DataError
 
+_COLUMNS = (
+  *Progress.get_default_columns()[:2],
+  MofNCompleteColumn(),
+  TimeElapsedColumn(),
+  TimeRemainingColumn(),
+  TextColumn('{task.fields[bad]} refused'),
+)
+
 
 def build_store(
   episodes: Iterable[EpisodeRecord | Quarantined],
@@ -56,15 +64,8 @@ def build_store(
   if total is None and isinstance(episodes, Sized):
     total = len(episodes)
   reasons: collections.Counter[str] = collections.Counter()
-  columns = (
-    *Progress.get_default_columns()[:2],
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-    TextColumn('{task.fields[bad]} refused'),
-  )
   writer = EpisodeStoreWriter(out, heldout, reader=type(episodes).__name__, **options)
-  with writer, Progress(*columns, disable=not progress) as bar:
+  with writer, Progress(*_COLUMNS, disable=not progress) as bar:
     before, seen, known = writer.counts(), 0, 0
     task = bar.add_task('episodes', total=total, bad=0, completed=len(writer.settled))
     for item in _unsettled(episodes, writer.settled):

@@ -27,7 +27,10 @@ def summarise(store: EventStore) -> dict:
       sizes[view].add('{}x{}'.format(*size))
   count = collections.Counter
   return {
+    'rejected': 0,  # the first version of the store had no such count
     **store.manifest['counts'],
+    'codec': dict(store.codec),
+    'rigs': dict(count(e['rig'] for e in episodes if e['rig'])),
     'bytes': sum(shard['bytes'] for shard in store.manifest['shards']),
     'splits': dict(count(e['split'] for e in episodes)),
     'sources': dict(count(e['source'] for e in episodes)),
@@ -42,6 +45,7 @@ def summarise(store: EventStore) -> dict:
       for v, n in views.items()
     },
     'quarantine': dict(count(_kind(entry.reason) for entry in store.quarantine()).most_common()),
+    'rejections': dict(count(_kind(entry.reason) for entry in store.rejected()).most_common()),
   }
 
 
@@ -51,7 +55,7 @@ def show(store: EventStore, console: Console | None = None) -> None:
   table = Table(title=f'event store {store.path}', show_header=False)
   table.add_column(style='bold')
   table.add_column()
-  for name in ('read', 'episodes', 'quarantined', 'events', 'frames', 'with_actions'):
+  for name in ('read', 'episodes', 'quarantined', 'rejected', 'events', 'frames', 'with_actions'):
     table.add_row(name, f'{summary[name]:,}')
   table.add_row('size', f'{summary["bytes"] / 1e6:.1f} MB')
   for name in ('splits', 'sources', 'fps', 'labels', 'lengths', 'captions', 'flags'):
@@ -61,11 +65,13 @@ def show(store: EventStore, console: Console | None = None) -> None:
       f'view {view}',
       f'{facts["episodes"]} episodes, {facts["calibrated"]} calibrated, {" ".join(facts["sizes"])}',
     )
-  for reason, number in summary['quarantine'].items():
-    table.add_row('[red]quarantine', f'{number} x {reason}')
+  table.add_row('codec', ' '.join(str(value) for value in summary['codec'].values()))
+  for kind, colour in (('quarantine', 'red'), ('rejections', 'yellow')):
+    for reason, number in summary[kind].items():
+      table.add_row(f'[{colour}]{kind}', f'{number} x {reason}')
   (console or Console()).print(table)
 
 
 def _kind(reason: str) -> str:
   """A reason without the episode it happened to, so that equal ones are counted together."""
-  return re.sub(r"^episode '.*?' of '.*?': ", '', reason)
+  return re.sub(r"^episode '.*?'( of '.*?')?: ", '', reason)
