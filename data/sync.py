@@ -24,12 +24,16 @@ import numpy as np
 
 from wallwm_jax.data import signals
 from wallwm_jax.data.schema import ARM_WIDTH, EpisodeRecord, Quarantined
+from wallwm_jax.data.shift import shift
 from wallwm_jax.types import ConfigError, DataError
+
+_FEWEST = signals.STRIDE + 2  # frames that have a motion and a change of it
 
 
 @dataclasses.dataclass(frozen=True)
 class SyncSettings:
-  """max_lag: frames searched in either direction. min_frames: of an episode that is judged.
+  """max_lag: frames searched in either direction. min_frames: of an episode that is
+  pooled and judged.
   turn_arm: m of motion that a rotation by 1 rad counts as; grip_arm: m that the whole range of the
   gripper counts as (0: what a gripper shows of itself is little next to an arm).
   camera_evidence: nats by which lags of each camera's own must beat a common one.
@@ -77,6 +81,11 @@ class Motion:
   visual: np.ndarray
   robot: np.ndarray
 
+  @property
+  def frames(self) -> int:
+    """T of the episode."""
+    return self.visual.shape[1] + signals.STRIDE
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RigLag:
@@ -107,8 +116,8 @@ def motion(record: EpisodeRecord, settings: SyncSettings = SyncSettings()) -> Mo
   """Reduces an episode to what moves in it; records may break the schema.
 
   Raises:
-    DataError: streams of different lengths (no lag can be told), fewer than min_frames, no camera,
-      or a state that is no [T, 10 per arm].
+    DataError: streams of different lengths (no lag can be told), fewer than 4 frames, no camera, or
+      a state that is no [T, 10 per arm].
   """
   views = tuple(view for view in record.views if view in record.frames)
   lengths = {view: len(record.frames[view]) for view in views}
@@ -122,8 +131,8 @@ def motion(record: EpisodeRecord, settings: SyncSettings = SyncSettings()) -> Mo
     x = record.frames[view]
     if x.ndim != 4 or x.shape[-1] != 3 or not x.size:
       raise DataError(f'frames[{view!r}]: expected [T, H, W, 3], got {list(x.shape)}.')
-  if record.num_frames < settings.min_frames:
-    raise DataError(f'expected at least {settings.min_frames} frames, got {record.num_frames}.')
+  if record.num_frames < _FEWEST:
+    raise DataError(f'expected at least {_FEWEST} frames, got {record.num_frames}.')
   visual = np.stack([signals.visual_motion(record.frames[view]) for view in views])
   robot = np.zeros((0, visual.shape[1]), np.float32)
   if record.state is not None:
@@ -191,14 +200,14 @@ def estimate(motions: Sequence[Motion], settings: SyncSettings = SyncSettings())
   """The lags of the rig that these episodes share, each camera's own where there is reason for it.
 
   Raises:
-    DataError: episodes of more than one rig, or none with a robot stream.
+    DataError: episodes of more than one rig, or none with a robot stream and min_frames.
   """
-  moving = [m for m in motions if len(m.robot)]
+  moving = [m for m in motions if len(m.robot) and m.frames >= settings.min_frames]
   rigs = {m.rig for m in motions}
   if len(rigs) != 1 or not moving:
     raise DataError(
-      f'sync.estimate: expected episodes of one rig with a robot stream, got {len(moving)} of '
-      f'{len(motions)} with one and rigs {sorted(rigs)}.'
+      f'sync.estimate: expected episodes of one rig with a robot stream and {settings.min_frames} '
+      f'frames, got {len(moving)} such ones of {len(motions)} and rigs {sorted(rigs)}.'
     )
   pool = _Pool.of(moving, settings.max_lag)
   return _judge_rig(next(iter(rigs)), len(moving), pool, _lags(pool, settings), settings)
@@ -329,7 +338,8 @@ def align(
   Returns:
     The record, with the frames that every stream has: extrinsics per frame go with the robot
     (forward kinematics), times, events and captions with the frames of the first view.
-    provenance['sync'] = {'lags', 'verdict'} and `agreement`. Or why it is refused.
+    provenance['sync'] = {'lags', 'episodes', 'verdict'} and `agreement`; episodes shorter than
+    min_frames are shifted like their rig without being judged. Or why it is refused.
 
   Raises:
     DataError: a rig lag of another rig, or none for an episode with a robot stream.
@@ -349,12 +359,19 @@ def align(
       raise DataError(f'no lag of cameras {missing}.' if missing else 'actions without state.')
   except DataError as error:
     return Quarantined(record.episode_id, record.source, f'sync: {error}')
-  found = agreement(own, rig_lag, settings)
-  reason = rig_lag.verdict and f'rig {rig_lag.verdict}' or _objection(found, settings)
+  lags = {view: rig_lag.lags[view] for view in own.views}
+  note = {'lags': lags, 'episodes': rig_lag.episodes}
+  reason = rig_lag.verdict and f'rig {rig_lag.verdict}'
+  if own.frames >= settings.min_frames:
+    found = agreement(own, rig_lag, settings)
+    note |= {'verdict': 'ok', **found}
+    reason = reason or _objection(found, settings)
+  else:
+    note |= {'verdict': f'not judged: {own.frames} frames'}
+    kept = own.frames - max(0, *lags.values()) + min(0, *lags.values())
+    reason = reason or (kept < 2 and f'too short: {kept} frames left of {own.frames}')
   if reason:
     return Quarantined(record.episode_id, record.source, f'sync: {reason}')
-  lags = {view: rig_lag.lags[view] for view in own.views}
-  note = {'lags': lags, 'episodes': rig_lag.episodes, 'verdict': 'ok', **found}
   return _noted(shift(record, lags), note)
 
 
@@ -379,39 +396,3 @@ def _objection(found: Mapping[str, float], settings: SyncSettings) -> str:
       f'threshold {settings.drift_evidence:g}'
     )
   return ''
-
-
-def shift(record: EpisodeRecord, lags: Mapping[str, int]) -> EpisodeRecord:
-  """The record with state row t + lags[view] at frame t of every view, trimmed to what all have;
-  events of which fewer than two frames are left go."""
-  n, first = record.num_frames, lags[record.views[0]]
-  start, stop = max(0, *lags.values()), n + min(0, *lags.values())  # robot rows that are kept
-  rows = slice(start, stop)
-  kept = slice(start - first, stop - first)  # frames of the first view
-  frames = {view: x[start - lags[view] : stop - lags[view]] for view, x in record.frames.items()}
-  calibration = {
-    view: camera
-    if camera is None or camera.extrinsics.ndim == 2
-    else dataclasses.replace(camera, extrinsics=camera.extrinsics[rows])
-    for view, camera in record.calibration.items()
-  }
-  return dataclasses.replace(
-    record,
-    frames=frames,
-    state=record.state[rows],
-    actions=None if record.actions is None else record.actions[rows],
-    times=None if record.times is None else record.times[kept],
-    calibration=calibration,
-    events=_trimmed(record.events, kept, 2),
-    captions=_trimmed(record.captions, kept, 1),
-  )
-
-
-def _trimmed(spans: Sequence[Any], kept: slice, shortest: int) -> tuple[Any, ...]:
-  """Spans that have `shortest` frames or more in what is kept, counted from its first frame."""
-  out = []
-  for span in spans:
-    start, end = max(span.start, kept.start), min(span.end, kept.stop)
-    if end - start >= shortest:
-      out.append(dataclasses.replace(span, start=start - kept.start, end=end - kept.start))
-  return tuple(out)

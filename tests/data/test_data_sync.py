@@ -11,7 +11,8 @@ from scene_factory import VIEWS, make_motion, make_scene, render
 
 from wallwm_jax.data import signals, sync
 from wallwm_jax.data.schema import Calibration, CaptionSpan, EventSpan, Quarantined, validate
-from wallwm_jax.data.sync import RigLag, SyncSettings, align, estimate, motion, shift
+from wallwm_jax.data.shift import shift
+from wallwm_jax.data.sync import RigLag, SyncSettings, align, estimate, motion
 from wallwm_jax.types import ConfigError, DataError
 
 RIG = ('scenes', 'table')
@@ -198,8 +199,13 @@ def test_records_that_cannot_be_judged_say_why(change, words):
   assert words in answer.reason
 
 
-def test_short_episodes_and_unknown_cameras_are_quarantined():
-  assert 'at least 40 frames' in align(make_scene(0, num_frames=30), rig()).reason
+def test_short_episodes_follow_their_rig_and_unknown_cameras_are_refused():
+  after = align(make_scene(0, num_frames=30, lags=2), rig(2))
+  assert after.provenance['sync']['verdict'] == 'not judged: 30 frames' and after.num_frames == 28
+  assert 'too short: 1 frames' in align(make_scene(0, num_frames=6), rig(5)).reason
+  assert 'at least 4 frames' in align(make_scene(0, num_frames=3), rig()).reason
+  with pytest.raises(DataError, match='40 frames, got 0'):
+    estimate([motion(make_scene(0, num_frames=30))])
   assert "cameras ['wrist']" in align(make_scene(0), rig({'front': 0, 'side': 0})).reason
 
 
