@@ -50,17 +50,13 @@ def robot_motion(poses: np.ndarray, turn_arm: float, grip_arm: float) -> np.ndar
 
 
 def channels(signal: np.ndarray) -> np.ndarray:
-  """The ways in which motion is compared: non-negative [..., N] -> [..., 3, N]: its root (so that
-  slow motion counts), what differs from its surroundings, and its change."""
-  smooth = ndimage.gaussian_filter1d(signal, 1, axis=-1)
-  return np.stack(
-    [
-      np.sqrt(signal),
-      signal - ndimage.gaussian_filter1d(signal, 4, axis=-1),
-      np.gradient(smooth, axis=-1),
-    ],
-    axis=-2,
-  )
+  """The ways in which motion is compared: non-negative [..., N] -> [..., 4, N]: its root (so that
+  slow motion counts), the change of it and of the root, and the change of the change."""
+  root = np.sqrt(signal)
+  smooth, smooth_root = (ndimage.gaussian_filter1d(x, 1.0, axis=-1) for x in (signal, root))
+  bend = np.gradient(ndimage.gaussian_filter1d(signal, 1.5, axis=-1), axis=-1)
+  changes = [np.gradient(x, axis=-1) for x in (smooth, smooth_root, bend)]
+  return np.stack([root, *changes], axis=-2)
 
 
 def lagged_correlation(a: np.ndarray, b: np.ndarray, max_lag: int) -> np.ndarray:
@@ -76,8 +72,7 @@ def lagged_correlation(a: np.ndarray, b: np.ndarray, max_lag: int) -> np.ndarray
 
 
 def _shrink(frames: np.ndarray, block: int) -> np.ndarray:
-  """Grey, averaged over block x block px: uint8 [T, H, W, 3] -> float32 [T, H / block, W / block].
-  """
+  """Grey, averaged over block x block px: uint8 [T, H, W, 3] -> float32 [T, H', W']."""
   t, h, w = len(frames), frames.shape[1] // block, frames.shape[2] // block
   grey = frames[:, : h * block, : w * block].mean(-1, dtype=np.float32)
   return grey.reshape(t, h, block, w, block).mean((2, 4))

@@ -9,9 +9,9 @@ A lag belongs to a rig (clocks and cameras), not to an episode: `motion` reduces
 few hundred numbers, `estimate` pools those of a rig, and `align` checks that an episode agrees with
 its rig before it shifts its streams and trims what has no partner. Nothing is padded.
 
-With r the normalised cross-correlation at a lag, the score of the lag is -1/2 log(1 - r^2) per
-frame: the log likelihood ratio of a linear relation between two Gaussian signals. It weighs a
-camera by how much it has to say, and adds up over cameras, channels and episodes.
+With r the normalised cross-correlation at a lag, the evidence for the lag is -1/2 log(1 - r^2)
+nats per frame: the log likelihood ratio of a linear relation between two Gaussian signals. It
+weighs a camera by how much it has to say, and adds up over cameras, channels and episodes.
 """
 
 from __future__ import annotations
@@ -24,34 +24,39 @@ import numpy as np
 
 from wallwm_jax.data import signals
 from wallwm_jax.data.schema import ARM_WIDTH, EpisodeRecord, Quarantined
+from wallwm_jax.data.shift import shift
 from wallwm_jax.types import ConfigError, DataError
+
+_FEWEST = signals.STRIDE + 2  # frames that have a motion and a change of it
 
 
 @dataclasses.dataclass(frozen=True)
 class SyncSettings:
-  """max_lag: frames searched in either direction. min_frames: of an episode that is judged.
+  """max_lag: frames searched in either direction. min_frames: of an episode that is
+  pooled and judged.
   turn_arm: m of motion that a rotation by 1 rad counts as; grip_arm: m that the whole range of the
-  gripper counts as. camera_evidence: score (nats per 100 frames) by which a camera's own lag must
-  beat the common one.
-  Refused are rigs and episodes with: a mean correlation below min_correlation (weak), a lead of
-  less than min_margin over the best lag that is not adjacent (weak), a lag at max_lag (window
-  edge); rigs whose cameras are more than max_spread frames apart; episodes more than max_deviation
-  frames from their rig (inconsistent), whose halves have lags at least 2 frames apart that explain
-  drift_evidence nats per 100 frames more than one lag (drifting), or whose correlation is less than
-  min_surprise standard deviations above that of the same signals shifted arbitrarily (mismatched).
+  gripper counts as (0: what a gripper shows of itself is little next to an arm).
+  camera_evidence: nats by which lags of each camera's own must beat a common one.
+
+  Refused are rigs and episodes whose mean correlation is below min_correlation (weak), or whose
+  halves have lags 2 or more frames apart that explain drift_evidence nats more than one lag
+  (drifting); rigs that lead over the lags that are not adjacent by less than min_margin (weak),
+  have a lag at max_lag (edge) or cameras more than max_spread frames apart (inconsistent); episodes
+  of which the robot explains less than min_evidence nats (mismatched), or that are more than
+  max_deviation frames from their rig (inconsistent).
   """
 
   max_lag: int = 8
   min_frames: int = 40
   turn_arm: float = 0.1
-  grip_arm: float = 0.1
-  camera_evidence: float = 2.0
+  grip_arm: float = 0.0
+  camera_evidence: float = 16.0
   min_correlation: float = 0.25
-  min_margin: float = 0.03
-  max_spread: int = 4
+  min_margin: float = 0.02
+  max_spread: int = 5
   max_deviation: int = 2
-  drift_evidence: float = 2.0
-  min_surprise: float = 3.0
+  drift_evidence: float = 15.0
+  min_evidence: float = 8.0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -76,6 +81,11 @@ class Motion:
   visual: np.ndarray
   robot: np.ndarray
 
+  @property
+  def frames(self) -> int:
+    """T of the episode."""
+    return self.visual.shape[1] + signals.STRIDE
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RigLag:
@@ -83,6 +93,7 @@ class RigLag:
 
   episodes: how many were pooled; lags: frames, by view; correlation: by view, at its lag; margin:
   of the mean correlation over cameras, each at its lag, over the best shift that is not adjacent;
+  drift: nats that a lag for each half of the episodes explains more than one lag;
   curves: float64 [V, 2 max_lag + 1], pooled correlation at lags -max_lag..max_lag; verdict: why the
   rig cannot be trusted, '' if it can.
   """
@@ -92,6 +103,7 @@ class RigLag:
   lags: Mapping[str, int]
   correlation: Mapping[str, float]
   margin: float
+  drift: float
   curves: np.ndarray
   verdict: str
 
@@ -104,8 +116,8 @@ def motion(record: EpisodeRecord, settings: SyncSettings = SyncSettings()) -> Mo
   """Reduces an episode to what moves in it; records may break the schema.
 
   Raises:
-    DataError: streams of different lengths (no lag can be told), fewer than min_frames, no camera,
-      or a state that is no [T, 10 per arm].
+    DataError: streams of different lengths (no lag can be told), fewer than 4 frames, no camera, or
+      a state that is no [T, 10 per arm].
   """
   views = tuple(view for view in record.views if view in record.frames)
   lengths = {view: len(record.frames[view]) for view in views}
@@ -119,8 +131,8 @@ def motion(record: EpisodeRecord, settings: SyncSettings = SyncSettings()) -> Mo
     x = record.frames[view]
     if x.ndim != 4 or x.shape[-1] != 3 or not x.size:
       raise DataError(f'frames[{view!r}]: expected [T, H, W, 3], got {list(x.shape)}.')
-  if record.num_frames < settings.min_frames:
-    raise DataError(f'expected at least {settings.min_frames} frames, got {record.num_frames}.')
+  if record.num_frames < _FEWEST:
+    raise DataError(f'expected at least {_FEWEST} frames, got {record.num_frames}.')
   visual = np.stack([signals.visual_motion(record.frames[view]) for view in views])
   robot = np.zeros((0, visual.shape[1]), np.float32)
   if record.state is not None:
@@ -132,56 +144,110 @@ def correlation_curves(m: Motion, max_lag: int, part: slice = slice(None)) -> np
   """Correlation of each camera with each arm (and with their sum, if there are two) in every
   channel: float64 [V, arms, channels, 2 max_lag + 1]; part: of the N entries."""
   robot = m.robot if len(m.robot) == 1 else np.concatenate([m.robot, m.robot.sum(0)[None]])
-  visual = signals.channels(m.visual.astype(np.float64))[:, None, :, part]
   return signals.lagged_correlation(
-    visual, signals.channels(robot.astype(np.float64))[None, :, :, part], max_lag
+    signals.channels(m.visual)[:, None, :, part], signals.channels(robot)[None, :, :, part], max_lag
   )
 
 
-def _scores(curves: np.ndarray) -> np.ndarray:
-  """Nats per frame of correlations [V, arms, channels, L]: [V, L]."""
+def evidence(curves: np.ndarray) -> np.ndarray:
+  """Nats per frame of correlations [..., channels, L], mean over channels: [..., L]."""
   r = np.clip(curves, 0, 0.999)
-  return -0.5 * np.log1p(-r * r).mean((1, 2))
+  return -0.5 * np.log1p(-r * r).mean(-2)
+
+
+@dataclasses.dataclass(eq=False)
+class _Pool:
+  """Sums over the episodes of a rig, over lags -2 max_lag..2 max_lag (L of them).
+
+  curves: correlation x frames [V, L]; robot: nats between cameras and robot [V, L], halves: the
+  same of either half of the episodes [2, V, L]; cameras: nats between cameras [V, V, L], entry
+  [a, b, l] for frame t of a and t + l of b; frames: [V].
+  """
+
+  views: tuple[str, ...]
+  curves: np.ndarray
+  robot: np.ndarray
+  halves: np.ndarray
+  cameras: np.ndarray
+  frames: np.ndarray
+
+  @classmethod
+  def of(cls, motions: Sequence[Motion], max_lag: int) -> _Pool:
+    views = tuple(dict.fromkeys(view for m in motions for view in m.views))
+    v, size = len(views), 4 * max_lag + 1
+    shapes = ((v, size), (v, size), (2, v, size), (v, v, size), (v,))
+    pool = cls(views, *(np.zeros(shape) for shape in shapes))
+    for m in motions:
+      rows, n = [views.index(view) for view in m.views], m.visual.shape[1]
+      curves = correlation_curves(m, 2 * max_lag)
+      visual = signals.channels(m.visual)
+      between = signals.lagged_correlation(visual[:, None], visual[None], 2 * max_lag)
+      pool.curves[rows] += n * curves.mean((1, 2))
+      pool.robot[rows] += n * evidence(curves).mean(1)
+      pool.cameras[np.ix_(rows, rows)] += n * evidence(between)
+      for half, part in enumerate(_halves(n)):
+        of_half = correlation_curves(m, 2 * max_lag, part)
+        pool.halves[half, rows] += n / 2 * evidence(of_half).mean(1)
+      pool.frames[rows] += n
+    return pool
+
+
+def _halves(n: int) -> tuple[slice, slice]:
+  return slice(n // 2), slice(n // 2, None)
 
 
 def estimate(motions: Sequence[Motion], settings: SyncSettings = SyncSettings()) -> RigLag:
-  """The lags of the rig that these episodes share, each camera's own where it has reason for one.
+  """The lags of the rig that these episodes share, each camera's own where there is reason for it.
 
   Raises:
-    DataError: episodes of more than one rig, or none with a robot stream.
+    DataError: episodes of more than one rig, or none with a robot stream and min_frames.
   """
-  moving = [m for m in motions if len(m.robot)]
+  moving = [m for m in motions if len(m.robot) and m.frames >= settings.min_frames]
   rigs = {m.rig for m in motions}
   if len(rigs) != 1 or not moving:
     raise DataError(
-      f'sync.estimate: expected episodes of one rig with a robot stream, got {len(moving)} of '
-      f'{len(motions)} with one and rigs {sorted(rigs)}.'
+      f'sync.estimate: expected episodes of one rig with a robot stream and {settings.min_frames} '
+      f'frames, got {len(moving)} such ones of {len(motions)} and rigs {sorted(rigs)}.'
     )
-  views = tuple(dict.fromkeys(view for m in moving for view in m.views))
-  size, w = (len(views), 4 * settings.max_lag + 1), settings.max_lag
-  curves, scores, frames = np.zeros(size), np.zeros(size), np.zeros((len(views), 1))
-  for m in moving:
-    rows, n = [views.index(view) for view in m.views], m.visual.shape[1]
-    of_episode = correlation_curves(m, 2 * w)
-    curves[rows] += n * of_episode.mean((1, 2))
-    scores[rows] += n * _scores(of_episode)
-    frames[rows] += n
-  curves, scores = curves / frames, 100 * scores / frames.mean()
-  window = scores[:, w:-w]
-  common, own = int(window.sum(0).argmax()), window.argmax(1)
-  gain = window.max(1) - window[:, common]
-  lags = np.where(gain > settings.camera_evidence, own, common) - w
-  return _judge_rig(
-    next(iter(rigs)), len(moving), dict(zip(views, lags.tolist())), curves, settings
-  )
+  pool = _Pool.of(moving, settings.max_lag)
+  return _judge_rig(next(iter(rigs)), len(moving), pool, _lags(pool, settings), settings)
+
+
+def _lags(pool: _Pool, settings: SyncSettings) -> np.ndarray:
+  """int [V]: the lags that explain most, cameras against the robot and (as they see the same
+  motion) against each other; one lag for all unless lags of their own explain much more.
+
+  Each camera climbs in turn from every common lag. Evidence between cameras counts 1 / V: every
+  camera is in V pairs of signals that are far from independent.
+  """
+  v, w = len(pool.views), settings.max_lag
+  window = pool.robot[:, w:-w]
+  every = np.arange(-w, w + 1)
+
+  def total(lags: np.ndarray) -> float:
+    pairs = sum(pool.cameras[a, b, 2 * w + lags[a] - lags[b]] for a in range(v) for b in range(a))
+    return float(window[np.arange(v), lags + w].sum() + pairs / v)
+
+  def climb(lags: np.ndarray) -> np.ndarray:
+    while True:
+      before = lags.copy()
+      for a in range(v):
+        others = sum(pool.cameras[a, b, 2 * w + every - lags[b]] for b in range(v) if b != a)
+        gain = window[a] + others / v
+        if gain.max() > gain[lags[a] + w] + 1e-9:  # strictly upwards, so that it ends
+          lags[a] = every[gain.argmax()]
+      if (lags == before).all():
+        return lags
+
+  common = np.full(v, every[window.sum(0).argmax()])
+  own = max((climb(np.full(v, lag)) for lag in every), key=total)
+  return own if total(own) - total(common) > settings.camera_evidence else common
 
 
 def _along(curves: np.ndarray, lags: np.ndarray, reach: int) -> np.ndarray:
-  """Mean over cameras of curves [V, L] at shifts -reach..reach from each one's lag."""
-  middle = curves.shape[1] // 2
-  return np.mean(
-    [c[middle + lag - reach : middle + lag + reach + 1] for c, lag in zip(curves, lags)], 0
-  )
+  """Curves [V, L] around each camera's own lag: [V, 2 reach + 1], the lag in the middle."""
+  middle = curves.shape[1] // 2 + np.asarray(lags)
+  return np.take_along_axis(curves, middle[:, None] + np.arange(-reach, reach + 1), 1)
 
 
 def _margin(curve: np.ndarray) -> float:
@@ -190,68 +256,71 @@ def _margin(curve: np.ndarray) -> float:
   return float(curve[middle] - np.delete(curve, slice(middle - 1, middle + 2)).max())
 
 
-def _judge_rig(rig, episodes: int, lags: dict[str, int], curves, settings) -> RigLag:
-  w, offsets = settings.max_lag, list(lags.values())
-  middle = curves.shape[1] // 2
-  correlation = {view: float(curves[i, middle + lag]) for i, (view, lag) in enumerate(lags.items())}
-  r, margin = np.mean(list(correlation.values())), _margin(_along(curves, offsets, w))
+def _drift(halves: np.ndarray) -> tuple[float, int]:
+  """(nats that a lag for each half explains more than one for both, frames between the two) of
+  nats by half and shift [2, L]."""
+  shifts = np.arange(halves.shape[1])
+  pairs = halves[0][:, None] + halves[1]
+  apart = np.abs(shifts[:, None] - shifts) >= 2
+  first, second = np.unravel_index(np.where(apart, pairs, -np.inf).argmax(), pairs.shape)
+  return float(pairs[first, second] - np.diagonal(pairs).max()), int(second - first)
+
+
+def _judge_rig(rig, episodes: int, pool: _Pool, lags: np.ndarray, settings) -> RigLag:
+  w = settings.max_lag
+  curves = pool.curves / pool.frames[:, None]
+  along = _along(curves, lags, w)
+  by_view = dict(zip(pool.views, lags.tolist()))
+  nats, step = _drift(np.stack([_along(half, lags, w).sum(0) for half in pool.halves]))
+  r, margin = float(along[:, w].mean()), _margin(along.mean(0))
   verdict = ''
-  if max(map(abs, offsets)) == w:
-    verdict = f'edge: lags {lags} reach the end of the window of {w} frames'
-  elif max(offsets) - min(offsets) > settings.max_spread:
-    verdict = f'inconsistent: lags {lags} are more than {settings.max_spread} frames apart'
+  if np.abs(lags).max() == w:
+    verdict = f'edge: lags {by_view} reach the end of the window of {w} frames'
+  elif np.ptp(lags) > settings.max_spread:
+    verdict = f'inconsistent: lags {by_view} are more than {settings.max_spread} frames apart'
   elif r < settings.min_correlation:
     verdict = f'weak: mean correlation {r:.3f}, threshold {settings.min_correlation:g}'
   elif margin < settings.min_margin:
     verdict = f'weak: margin {margin:.3f} over other lags, threshold {settings.min_margin:g}'
-  return RigLag(rig, episodes, lags, correlation, margin, curves[:, w:-w], verdict)
+  elif nats > settings.drift_evidence:
+    verdict = f'drifting: {step} frames between halves, {nats:.1f} nats, threshold '
+    verdict += f'{settings.drift_evidence:g}'
+  correlation = dict(zip(pool.views, along[:, w].tolist()))
+  return RigLag(rig, episodes, by_view, correlation, margin, nats, curves[:, w:-w], verdict)
 
 
-def agreement(m: Motion, rig_lag: RigLag, settings: SyncSettings) -> dict[str, float]:
+def agreement(
+  m: Motion, rig_lag: RigLag, settings: SyncSettings = SyncSettings()
+) -> dict[str, float]:
   """How an episode agrees with the lags of its rig.
 
   Returns:
-    r: mean correlation over cameras at the lags of the rig; margin: its lead over the best shift
-    that is not adjacent; deviation: frames to the best shift; drift: nats per 100 frames that a lag
-    of its own for each half explains more than one lag; step: frames from the first half's lag to
-    the second's; surprise: standard deviations that r is above the correlations of the same signals
-    shifted around the episode by more than the window.
+    r: mean correlation at the lags of the rig, over cameras and channels; margin: its lead over the
+    best shift that is not adjacent; spread: frames between the cameras' own best shifts;
+    evidence: nats (per camera) that the robot explains at those lags; best: the most it explains at
+    any shift; deviation: frames to that shift; drift: nats that a lag of its own for each half
+    explains more than one lag; step: frames from the first half's lag to the second's.
   """
-  w = settings.max_lag
-  lags = [rig_lag.lags[view] for view in m.views]
+  w, n = settings.max_lag, m.visual.shape[1]
+  lags = np.array([rig_lag.lags[view] for view in m.views])
   curves = correlation_curves(m, 2 * w)
   along = _along(curves.mean((1, 2)), lags, w)
-  score = _along(_scores(curves), lags, w)
-  half = m.visual.shape[1] // 2
-  first, second = (
-    _along(_scores(correlation_curves(m, 2 * w, part)), lags, w)
-    for part in (slice(half), slice(half, None))
-  )
-  apart = np.abs(np.subtract.outer(np.arange(2 * w + 1), np.arange(2 * w + 1))) > 1
-  pairs = np.where(apart, first[:, None] + second[None], -np.inf)
-  a, b = np.unravel_index(pairs.argmax(), pairs.shape)
-  drift = 50 * len(lags) * float(pairs[a, b] - (first + second).max())
+  nats = n * _along(evidence(curves).mean(1), lags, w)
+  halves = [
+    n / 2 * _along(evidence(correlation_curves(m, 2 * w, part)).mean(1), lags, w).sum(0)
+    for part in _halves(n)
+  ]
+  drift, step = _drift(np.stack(halves))
   return {
-    'r': float(along[w]),
-    'margin': _margin(along),
-    'deviation': int(score.argmax()) - w,
+    'r': float(along[:, w].mean()),
+    'margin': _margin(along.mean(0)),
+    'spread': int(np.ptp(nats.argmax(1))),
+    'evidence': float(nats[:, w].mean()),
+    'best': float(nats.mean(0).max()),
+    'deviation': int(nats.mean(0).argmax()) - w,
     'drift': drift,
-    'step': int(b - a),
-    'surprise': _surprise(m, lags, w),
+    'step': step,
   }
-
-
-def _surprise(m: Motion, lags: Sequence[int], max_lag: int) -> float:
-  robot = m.robot.sum(0)
-  visual = np.stack([np.roll(x, lag) for x, lag in zip(m.visual, lags)])
-  a, b = (signals.channels(x.astype(np.float64)) for x in (visual, robot))
-  a, b = (
-    (x - x.mean(-1, keepdims=True)) / np.maximum(x.std(-1, keepdims=True), 1e-9) for x in (a, b)
-  )
-  spectrum = np.fft.rfft(a).conj() * np.fft.rfft(b)
-  r = np.fft.irfft(spectrum, a.shape[-1]).mean((0, 1)) / a.shape[-1]
-  far = r[max_lag + 1 : -max_lag]
-  return float((r[0] - far.mean()) / max(far.std(), 1e-9))
 
 
 def align(
@@ -269,7 +338,8 @@ def align(
   Returns:
     The record, with the frames that every stream has: extrinsics per frame go with the robot
     (forward kinematics), times, events and captions with the frames of the first view.
-    provenance['sync'] = {'lags', 'verdict'} and `agreement`. Or why it is refused.
+    provenance['sync'] = {'lags', 'episodes', 'verdict'} and `agreement`; episodes shorter than
+    min_frames are shifted like their rig without being judged. Or why it is refused.
 
   Raises:
     DataError: a rig lag of another rig, or none for an episode with a robot stream.
@@ -289,12 +359,19 @@ def align(
       raise DataError(f'no lag of cameras {missing}.' if missing else 'actions without state.')
   except DataError as error:
     return Quarantined(record.episode_id, record.source, f'sync: {error}')
-  found = agreement(own, rig_lag, settings)
-  reason = rig_lag.verdict and f'rig {rig_lag.verdict}' or _objection(found, settings)
+  lags = {view: rig_lag.lags[view] for view in own.views}
+  note = {'lags': lags, 'episodes': rig_lag.episodes}
+  reason = rig_lag.verdict and f'rig {rig_lag.verdict}'
+  if own.frames >= settings.min_frames:
+    found = agreement(own, rig_lag, settings)
+    note |= {'verdict': 'ok', **found}
+    reason = reason or _objection(found, settings)
+  else:
+    note |= {'verdict': f'not judged: {own.frames} frames'}
+    kept = own.frames - max(0, *lags.values()) + min(0, *lags.values())
+    reason = reason or (kept < 2 and f'too short: {kept} frames left of {own.frames}')
   if reason:
     return Quarantined(record.episode_id, record.source, f'sync: {reason}')
-  lags = {view: rig_lag.lags[view] for view in own.views}
-  note = {'lags': lags, 'episodes': rig_lag.episodes, 'verdict': 'ok', **found}
   return _noted(shift(record, lags), note)
 
 
@@ -303,54 +380,19 @@ def _noted(record: EpisodeRecord, note: dict[str, Any]) -> EpisodeRecord:
 
 
 def _objection(found: Mapping[str, float], settings: SyncSettings) -> str:
-  if found['surprise'] < settings.min_surprise:
-    limit = settings.min_surprise
-    return f'mismatched: {found["surprise"]:.2f} sigma above chance, threshold {limit:g}'
-  if found['r'] < settings.min_correlation:
-    return f'weak: correlation {found["r"]:.3f}, threshold {settings.min_correlation:g}'
-  if found['drift'] > settings.drift_evidence:
-    return (
-      f'drifting: {found["step"]} frames between halves, {found["drift"]:.2f} nats per 100 frames, '
-      f'threshold {settings.drift_evidence:g}'
-    )
-  if abs(found['deviation']) > settings.max_deviation:
+  if found['best'] >= settings.min_evidence and abs(found['deviation']) > settings.max_deviation:
     return (
       f'inconsistent: {found["deviation"]} frames from the lag of its rig, '
       f'threshold {settings.max_deviation}'
     )
+  if found['evidence'] < settings.min_evidence:
+    nats, limit = found['evidence'], settings.min_evidence
+    return f'mismatched: the robot explains {nats:.2f} nats of the motion, threshold {limit:g}'
+  if found['r'] < settings.min_correlation:
+    return f'weak: correlation {found["r"]:.3f}, threshold {settings.min_correlation:g}'
+  if found['drift'] > settings.drift_evidence:
+    return (
+      f'drifting: {found["step"]} frames between halves, {found["drift"]:.2f} nats, '
+      f'threshold {settings.drift_evidence:g}'
+    )
   return ''
-
-
-def shift(record: EpisodeRecord, lags: Mapping[str, int]) -> EpisodeRecord:
-  """The record with state row t + lags[view] at frame t of every view, trimmed to what all have."""
-  n, first = record.num_frames, lags[record.views[0]]
-  start, stop = max(0, *lags.values()), n + min(0, *lags.values())  # robot rows that are kept
-  rows = slice(start, stop)
-  kept = slice(start - first, stop - first)  # frames of the first view
-  frames = {view: x[start - lags[view] : stop - lags[view]] for view, x in record.frames.items()}
-  calibration = {
-    view: camera
-    if camera is None or camera.extrinsics.ndim == 2
-    else dataclasses.replace(camera, extrinsics=camera.extrinsics[rows])
-    for view, camera in record.calibration.items()
-  }
-  return dataclasses.replace(
-    record,
-    frames=frames,
-    state=record.state[rows],
-    actions=None if record.actions is None else record.actions[rows],
-    times=None if record.times is None else record.times[kept],
-    calibration=calibration,
-    events=_trimmed(record.events, kept, 2),
-    captions=_trimmed(record.captions, kept, 1),
-  )
-
-
-def _trimmed(spans: Sequence[Any], kept: slice, shortest: int) -> tuple[Any, ...]:
-  """Spans that have `shortest` frames or more in what is kept, counted from its first frame."""
-  out = []
-  for span in spans:
-    start, end = max(span.start, kept.start), min(span.end, kept.stop)
-    if end - start >= shortest:
-      out.append(dataclasses.replace(span, start=start - kept.start, end=end - kept.start))
-  return tuple(out)

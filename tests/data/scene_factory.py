@@ -38,11 +38,12 @@ def make_motion(num_frames, seed):
   return np.concatenate([position, columns, grip[:, None]], 1)
 
 
-def _texture(rng, waves=12, finest=0.5):
+def _texture(rng, waves=8, finest=0.5):
   """A random smooth brightness of (right, down) px, about -1..1."""
   direction = rng.uniform(0, 2 * np.pi, waves)
   wave = rng.uniform(0.1, finest, waves) * np.stack([np.cos(direction), np.sin(direction)])
   phase = rng.uniform(0, 2 * np.pi, waves)
+  wave, phase = wave.astype(np.float32), phase.astype(np.float32)
 
   def brightness(right, down):
     return sum(np.sin(a * right + b * down + p) for (a, b), p in zip(wave.T, phase)) / np.sqrt(
@@ -56,22 +57,22 @@ def render(poses, view, seed, size=40, noise=4.0):
   """uint8 [T, size, size, 3] of poses [T, 10]; noise: sensor noise in grey levels."""
   rng = np.random.default_rng((seed, VIEWS.index(view)))
   down, right = np.meshgrid(np.arange(size), np.arange(size), indexing='ij')
-  right, down = right[None] - size / 2, down[None] - size / 2
+  right, down = (np.float32(x[None] - size / 2) for x in (right, down))
   scene, arm = _texture(rng), _texture(rng, finest=0.9)
-  x, y, z, grip = (poses[:, i, None, None] for i in (0, 1, 2, 9))
+  x, y, z, grip = (poses[:, i, None, None].astype(np.float32) for i in (0, 1, 2, 9))
   if view == 'wrist':
     zoom = 1 + 0.5 * z
     image = scene(right * zoom + 30 * x, down * zoom + 30 * y)
     fingers = np.abs(np.abs(right) - 4 - 6 * grip) < 2.5
     image = np.where(fingers & (down > size / 4), 1.0, image)
   else:
-    u, v = np.moveaxis(poses[:, :3] @ _LOOKS[view].T, 1, 0)[..., None, None]
+    u, v = np.float32(_LOOKS[view] @ poses[:, :3].T)[..., None, None]
     near = 1 / (1 + np.exp(np.hypot(right - u, down - v) - 5 - 1.5 * grip))
     column = 1 / (1 + np.exp(2 * (np.abs(right - u) - 3))) / (1 + np.exp(down - v))
     cover = np.maximum(near, column)
     image = scene(right, down) * (1 - cover) + (0.5 + arm(right - u, down - v)) * cover
-  image = 128 + 70 * image[..., None] * np.array([1.0, 0.9, 0.8])
-  image = image + rng.normal(0, noise, image.shape)
+  image = 128 + 70 * image.astype(np.float32)[..., None] * np.float32([1.0, 0.9, 0.8])
+  image += noise * rng.standard_normal(image.shape, np.float32)
   return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
