@@ -1,5 +1,5 @@
-"""`wallwm data build|encode|inspect|stats|verify|doctor`: raw episodes to an event store, and looks
-into it.
+"""`wallwm data build|cluster|encode|inspect|stats|verify|doctor`: raw episodes to an event store,
+and looks into it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def add_parser(verbs) -> None:
   build_.add_argument('--out', required=True, help='new folder for the store')
   build_.add_argument(
     '--heldout', type=float, help='fraction of held-out episodes (0.2; appending: the store\'s)'
+  )
+  build_.add_argument(
+    '--prepare',
+    action='store_true',
+    help='lerobot, rlds, video: synchronise, clean, cut into events and caption on the way',
   )
   build_.add_argument('--codec', choices=('zstd', 'h264'), help='pixels: exact or small (zstd)')
   build_.add_argument('--crf', type=int, help='h264: rate factor, 0 (best) .. 51 (20)')
@@ -69,8 +74,24 @@ def add_parser(verbs) -> None:
   stats_.add_argument('store', help='folder of the store')
   stats_.add_argument('--config', required=True, help='experiment whose windows are measured')
   stats_.add_argument('--out', help='JSON file to write (default: print only)')
+  _add_cluster(actions)
   _add_encode(actions)
   _add_doctor(actions)
+
+
+def _add_cluster(actions) -> None:
+  parser = common.add_verb(
+    actions,
+    'cluster',
+    'group events by what is seen and said, and by how the robot moves, for balanced sampling',
+    'wallwm data cluster runs/bridge/store --vl 64 --act 16',
+    run=cluster,
+  )
+  parser.add_argument('store', help='folder of the store')
+  parser.add_argument('--out', help='new folder for the labels (STORE/clusters/default)')
+  parser.add_argument('--vl', type=int, default=512, help='most clusters of what is seen (512)')
+  parser.add_argument('--act', type=int, default=64, help='most clusters of motions (64)')
+  parser.add_argument('--seed', type=int, default=0, help='of the k-means (0)')
 
 
 def _add_doctor(actions) -> None:
@@ -155,16 +176,22 @@ READERS = {'lerobot': _lerobot, 'rlds': _rlds, 'video': _video, 'tabletop': _tab
 
 def build(args: argparse.Namespace) -> None:
   from wallwm_jax.data.build import build_store
+  from wallwm_jax.data.prepare import Prepared
   from wallwm_jax.types import ConfigError
 
   if args.reader != 'tabletop' and not args.source:
     raise ConfigError(
       f'--source: expected the folder of the raw data (--reader {args.reader}), got none.'
     )
+  if args.reader == 'tabletop' and args.prepare:
+    raise ConfigError('--prepare: the tabletop records what is true; leave it out.')
   total = args.episodes if args.reader == 'tabletop' else None
+  episodes = READERS[args.reader](args)
+  if args.prepare:
+    episodes = Prepared(episodes)
   with common.progress_on_stderr():
     report = build_store(
-      READERS[args.reader](args),
+      episodes,
       args.out,
       heldout=0.2 if args.heldout is None and not args.append else args.heldout,
       total=total,
@@ -173,7 +200,19 @@ def build(args: argparse.Namespace) -> None:
       append=args.append,
       resume=args.resume,
     )
+  if args.prepare:
+    report['lags'] = {'/'.join(rig): lag.to_dict() for rig, lag in episodes.lags.items()}
   common.print_json(report)
+
+
+def cluster(args: argparse.Namespace) -> None:
+  from wallwm_jax.data.cluster import ClusterSettings, cluster_sizes, cluster_store
+  from wallwm_jax.data.store import EventStore
+
+  settings = ClusterSettings(vl=args.vl, act=args.act, seed=args.seed)
+  labels = cluster_store(EventStore(args.store), settings=settings, out=args.out)
+  sizes = {side: counts.tolist() for side, counts in cluster_sizes(labels).items()}
+  common.print_json({'events': len(labels.uid), 'sha256': labels.sha256, 'sizes': sizes})
 
 
 def inspect(args: argparse.Namespace) -> None:
