@@ -188,12 +188,13 @@ def timed_plan(caption: str, remaining: float) -> str:
 def objects_of(text: str) -> tuple[str, ...]:
   """What an instruction is about: the thing that is handled, then what it is brought to; () where
   its wording is unknown. Of two instructions in one the first counts."""
-  text = plain(text).partition(', then ')[0]
+  whole = plain(text)
+  first = re.split(r', then |,? (?:and |then )+(?=\w+ (?:it|them)\b)', whole)[0]
   for task in METAWORLD.values():
-    if text == task.instruction:
+    if task.instruction in (whole, first):
       return task.objects
   for family in FAMILIES:
-    if match := re.fullmatch(family.pattern, text):
+    if match := re.fullmatch(family.pattern, first):
       words = match.groupdict()
       return tuple(words[name] for name in ('o', 't') if words.get(name))
   return ()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from wallwm_jax.data.caption import Caption, CaptionSettings, caption, validate_levels
 from wallwm_jax.data.primitives import Primitive, describe, merge_runs, motion_cuts
 from wallwm_jax.data.schema import CaptionSpan, EventSpan, validate
-from wallwm_jax.data.traces import phrasings
+from wallwm_jax.data.traces import objects_of, phrasings
 from wallwm_jax.types import ConfigError, DataError
 
 UPRIGHT = [1, 0, 0, 0, 1, 0]
@@ -368,3 +368,16 @@ def test_bad_levels_are_named_with_their_frames(spans, message):
 def test_bad_settings(change, message):
   with pytest.raises(ConfigError, match=message):
     CaptionSettings(**change)
+
+
+@pytest.mark.parametrize(
+  'text, things',
+  [
+    ('pick up the puck and place it at the goal', ('the puck',)),
+    ('Pick up the red cube, then open the drawer.', ('the red cube',)),
+    ('pick up the salt and pepper', ('the salt and pepper',)),
+    ('put the carrot on the plate', ('the carrot', 'the plate')),
+  ],
+)
+def test_the_first_of_two_instructions_names_the_thing(text, things):
+  assert objects_of(text) == things
