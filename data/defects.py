@@ -86,11 +86,12 @@ def usual_steps(steps: np.ndarray) -> np.ndarray:
   """What each step would be in a smooth motion: [N] -> [N].
 
   The largest of those two before and after it and of the smaller of its neighbours: a motion takes
-  more than two frames, whereas a jump takes one step and a stray record two.
+  more than two frames, whereas a jump takes one step and a stray record two. A recording may begin
+  and end in the middle of a motion: the first and the last step have one neighbour only.
   """
-  near = np.pad(steps, 2)
-  beside = np.minimum(near[1:-3], near[3:-1])
-  return np.maximum(beside, np.maximum(near[:-4], near[4:]))
+  near = np.pad(steps, 1, constant_values=np.inf)
+  far = np.pad(steps, 2)
+  return np.maximum(np.minimum(near[:-2], near[2:]), np.maximum(far[:-4], far[4:]))
 
 
 def toggle_rate(grip: np.ndarray, fps: float) -> tuple[int, int]:
@@ -111,10 +112,11 @@ def unanswered_command(
   """(frame, motion) of the command that the measured gripper answers least; (0, inf) if there is
   none to judge.
 
-  A command counts when it jumps by `step` to at least `step` away from the measured opening and is
+  A command counts when it jumps by `step` to at least `step` away from the measured opening, tells
+  to open (above 2/3) or to close (below 1/3; in between it may be a force, or its absence) and is
   held for `wait` frames. (An object stops the fingers, but only after they have moved.)
   """
-  far = np.abs(command - grip) >= step
+  far = (np.abs(command - grip) >= step) & (np.abs(command - 0.5) > 1 / 6)
   jumped = np.concatenate([[True], np.abs(np.diff(command)) >= step])
   answers = [(0, np.inf)]
   for start in np.flatnonzero(jumped & far).tolist():

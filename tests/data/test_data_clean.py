@@ -212,6 +212,14 @@ def test_jumps_beyond_the_speed_limit_and_beyond_the_motion_around_them(severity
   assert findings(dataclasses.replace(still, state=rest)) == []
 
 
+def test_a_motion_may_be_under_way_at_either_end():
+  ending = np.array([0.033, 0.0186, 0.0038, 0.0003, 0.007])
+  for steps in (ending, ending[::-1]):
+    assert (steps <= LIMITS.jump_ratio * defects.usual_steps(steps) + LIMITS.jump_floor / 2).all()
+  lone = np.array([0.2, 0.002, 0.001, 0.001, 0.2])
+  assert (defects.usual_steps(lone)[[0, -1]] < 0.01).all()
+
+
 def test_a_sudden_turn_is_a_jump():
   state = np.repeat(scene().state[:1], 60, 0)
   angle = np.where(np.arange(60) >= 20, 0.4, 0.0)
@@ -241,6 +249,8 @@ def test_gripper_out_of_range_stuck_and_chattering():
   follows = edited(told, 'state', (slice(None), 9), np.roll(command, 2))
   stuck = edited(told, 'state', (slice(None), 9), 0.04 * command)
   assert checks_of(follows) == set() and checks_of(stuck) == {'gripper_stuck'}
+  force = edited(stuck, 'actions', (slice(None), 9), np.where(command > 0, 0.5, command))
+  assert checks_of(force) == set()  # neither open nor close
   fast = (np.arange(60) % 2).astype(np.float32)
   assert checks_of(edited(record, 'state', (slice(None), 9), fast)) >= {'gripper_chatter'}
 
