@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import pathlib
-from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +41,7 @@ EPISODE_SCHEMA = pa.schema(
     ('checksums', pa.list_(pa.uint32())),  # crc32c of its records: header, then blocks
     ('rig', pa.string()),
     ('lag', pa.float64()),  # frames that the robot stream was late; null = not estimated
-    ('cleaning', pa.string()),  # verdict; '' = not cleaned
+    ('cleaning', pa.string()),  # 'passed'; '' = not cleaned
     ('pipeline', pa.string()),  # version that wrote the record
     ('reader', pa.string()),
   ]
@@ -117,19 +116,13 @@ def episode_row(record: EpisodeRecord, reader: str) -> dict:
 
 def _provenance(record: EpisodeRecord, reader: str) -> dict:
   found = record.provenance
-  lag = _finding(found.get('sync'), 'lag')
-  verdict = _finding(found.get('clean'), 'verdict')
+  lags = found.get('sync', {}).get('lags', {})
   return {
     'rig': record.rig,
-    'lag': float(lag) if isinstance(lag, int | float) else None,
-    'cleaning': str(verdict) if verdict is not None else ('passed' if 'clean' in found else ''),
-    'reader': str(_finding(found.get('reader'), 'name') or reader),
+    'lag': float(lags[record.views[0]]) if record.views[0] in lags else None,
+    'cleaning': 'passed' if 'clean' in found else '',
+    'reader': str(found.get('read', {}).get('format') or reader),
   }
-
-
-def _finding(step, key: str):
-  """A step's finding, or the step's whole note where that is not a mapping."""
-  return step.get(key) if isinstance(step, Mapping) else step
 
 
 def event_row(record: EpisodeRecord, event: EventSpan) -> dict:

@@ -79,18 +79,19 @@ def test_a_ledger_that_does_not_add_up_does_not_open(tmp_path, name):
 
 
 def test_index_keeps_where_an_episode_comes_from(tmp_path):
-  found = {'sync': {'lag': 2, 'peak': 0.8}, 'clean': {'verdict': 'kept', 'flags': []}}
+  view = make_episode(0).views[0]
+  found = {'sync': {'lags': {view: 2, 'other': 3}, 'r': 0.8}, 'clean': {'checks': ['blank']}}
   records = [
     make_episode(0, rig='arm-3', provenance=found),
-    make_episode(1, provenance={'reader': 'teleop', 'clean': {}}),
+    make_episode(1, provenance={'read': {'format': 'teleop'}, 'sync': {'verdict': 'not judged'}}),
     make_episode(2),
   ]
   build_store(records, tmp_path / 's', progress=False)
   rows = EventStore(tmp_path / 's').episodes.to_pylist()
   columns = ('rig', 'lag', 'cleaning', 'reader', 'events')
   assert [[row[name] for name in columns] for row in rows] == [
-    ['arm-3', 2.0, 'kept', 'list', 3],
-    ['', None, 'passed', 'teleop', 3],
+    ['arm-3', 2.0, 'passed', 'list', 3],
+    ['', None, '', 'teleop', 3],
     ['', None, '', 'list', 3],
   ]
   assert all(row['pipeline'] for row in rows)
