@@ -332,7 +332,8 @@ def align(
   """Shifts the robot stream of an episode against its frames by the lags of its rig.
 
   Args:
-    rig_lag: of the episode's rig; None only for action-free episodes, which pass through.
+    rig_lag: of the episode's rig; None where nothing tells it: for action-free episodes and for
+      those shorter than min_frames, which pass through as they are.
     own: `motion(record, settings)`, if it is at hand.
 
   Returns:
@@ -342,10 +343,13 @@ def align(
     min_frames are shifted like their rig without being judged. Or why it is refused.
 
   Raises:
-    DataError: a rig lag of another rig, or none for an episode with a robot stream.
+    DataError: a rig lag of another rig, or none for a longer episode with a robot stream.
   """
   if record.state is None and record.actions is None:
     return _noted(record, {'verdict': 'no robot stream'})
+  if rig_lag is None and record.num_frames < settings.min_frames:
+    verdict = f'not judged: no episode of its rig has {settings.min_frames} frames'
+    return _noted(record, {'verdict': verdict})
   if rig_lag is None or rig_lag.rig != (record.source, record.rig):
     got = None if rig_lag is None else rig_lag.rig
     raise DataError(

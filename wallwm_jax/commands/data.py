@@ -1,5 +1,5 @@
-"""`wallwm data build|cluster|encode|inspect|stats|verify|doctor`: raw episodes to an event store,
-and looks into it.
+"""`wallwm data build|cluster|encode|inspect|stats|verify|doctor|report|demo`: raw episodes to an
+event store, and looks into it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ def add_parser(verbs) -> None:
   )
   build_.add_argument(
     '--prepare',
-    action='store_true',
-    help='lerobot, rlds, video: synchronise, clean, cut into events and caption on the way',
+    nargs='?',
+    const='sync,clean,segment,caption',
+    metavar='STEPS',
+    help='lerobot, rlds, video: prepare episodes on the way, by all of sync,clean,segment,caption '
+    'or the named steps (one more is prune, which cuts idle stretches short)',
   )
   build_.add_argument('--codec', choices=('zstd', 'h264'), help='pixels: exact or small (zstd)')
   build_.add_argument('--crf', type=int, help='h264: rate factor, 0 (best) .. 51 (20)')
@@ -77,6 +80,26 @@ def add_parser(verbs) -> None:
   _add_cluster(actions)
   _add_encode(actions)
   _add_doctor(actions)
+  report_ = common.add_verb(
+    actions,
+    'report',
+    'one page: what was refused, lags, boundaries, captions, clusters, packing',
+    'wallwm data report runs/bridge/store --out bridge.html',
+    run=report,
+  )
+  report_.add_argument('store', help='folder of the store')
+  report_.add_argument('--clusters', help='folder of the labels (STORE/clusters/default, if any)')
+  report_.add_argument('--out', required=True, help='HTML file to write')
+  demo_ = common.add_verb(
+    actions,
+    'demo',
+    'tabletop -> LeRobot v3 -> sync, clean, segment, caption -> store -> clusters -> packed '
+    'batches, and how much of the truth was found',
+    'wallwm data demo --out runs/data-demo',
+    run=demo,
+  )
+  demo_.add_argument('--size', choices=('full', 'ci'), default='full', help='ci: a third of it')
+  demo_.add_argument('--out', default='runs/data-demo', help='new folder (runs/data-demo)')
 
 
 def _add_cluster(actions) -> None:
@@ -176,7 +199,7 @@ READERS = {'lerobot': _lerobot, 'rlds': _rlds, 'video': _video, 'tabletop': _tab
 
 def build(args: argparse.Namespace) -> None:
   from wallwm_jax.data.build import build_store
-  from wallwm_jax.data.prepare import Prepared
+  from wallwm_jax.data.prepare import Prepared, PrepareSettings
   from wallwm_jax.types import ConfigError
 
   if args.reader != 'tabletop' and not args.source:
@@ -187,9 +210,11 @@ def build(args: argparse.Namespace) -> None:
     raise ConfigError('--prepare: the tabletop records what is true; leave it out.')
   total = args.episodes if args.reader == 'tabletop' else None
   episodes = READERS[args.reader](args)
-  if args.prepare:
-    episodes = Prepared(episodes)
   with common.progress_on_stderr():
+    if args.prepare:
+      steps = PrepareSettings.of(args.prepare.split(','))
+      episodes = Prepared(episodes, steps, progress=True)
+      lags = {'/'.join(rig): lag.to_dict() for rig, lag in episodes.lags.items()}
     report = build_store(
       episodes,
       args.out,
@@ -201,7 +226,7 @@ def build(args: argparse.Namespace) -> None:
       resume=args.resume,
     )
   if args.prepare:
-    report['lags'] = {'/'.join(rig): lag.to_dict() for rig, lag in episodes.lags.items()}
+    report['lags'] = lags
   common.print_json(report)
 
 
@@ -213,6 +238,24 @@ def cluster(args: argparse.Namespace) -> None:
   labels = cluster_store(EventStore(args.store), settings=settings, out=args.out)
   sizes = {side: counts.tolist() for side, counts in cluster_sizes(labels).items()}
   common.print_json({'events': len(labels.uid), 'sha256': labels.sha256, 'sizes': sizes})
+
+
+def report(args: argparse.Namespace) -> None:
+  import pathlib
+
+  from wallwm_jax.evaluation.data_report import write_data_report
+
+  default = pathlib.Path(args.store) / 'clusters' / 'default'
+  clusters = args.clusters or (str(default) if default.is_dir() else None)
+  print(write_data_report(args.store, args.out, clusters=clusters))
+
+
+def demo(args: argparse.Namespace) -> None:
+  from wallwm_jax.commands import data_tour
+
+  with common.progress_on_stderr():
+    summary = data_tour.run(args.size, args.out)
+  common.print_json(summary)
 
 
 def inspect(args: argparse.Namespace) -> None:
