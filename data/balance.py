@@ -310,9 +310,10 @@ def _balanced(vl: np.ndarray, act: np.ndarray, settings: BalanceSettings) -> np.
         f'two-way balance: the {side} margin stays {off:.3g} (total variation) from its target, '
         f'tolerance {settings.tolerance:g}; worst is cluster {values[worst]}: target share '
         f'{target[worst]:.3g}, reached {got[worst]:.3g}. The clusters that occur together do not '
-        f'allow both margins: raise tau_vl={settings.tau_vl:g} or tau_act={settings.tau_act:g} '
-        f'(1 always works), raise cap={settings.cap:g}, make fewer clusters, or raise the '
-        'tolerance to take the closest compromise.'
+        f'allow both margins: lower data.balance (tau_vl={settings.tau_vl:g}, '
+        f'tau_act={settings.tau_act:g}, 1 always works), raise data.balance_cap='
+        f'{settings.cap:g}, make fewer clusters, or raise data.balance_tolerance to take the '
+        'closest compromise.'
       )
   return (share / cell_count)[cell]
 

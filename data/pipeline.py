@@ -397,6 +397,7 @@ def balance_events(
     tau_vl=1 - data.balance,
     tau_act=1 - data.balance,
     cap=data.balance_cap,
+    tolerance=data.balance_tolerance,
     sources=dict(data.sources),
     recovery=data.recovery or None,
   )
@@ -414,7 +415,10 @@ def fingerprint(
   config: ExperimentConfig, store: EventStore, source: PlanSource | PackedSource
 ) -> dict:
   """Everything that the batches depend on, JSON-serialisable."""
-  skipped = ('store', 'latents', 'planes', 'clusters', 'workers', 'threads', 'phrasing', 'text')
+  skipped = (
+    'store', 'latents', 'planes', 'clusters', 'workers', 'threads', 'phrasing', 'text',
+    'balance_tolerance',
+  )  # fmt: skip
   off = ('photometric', 'crop')  # where 0: as in runs from before there was jitter
   data = {
     k: v

@@ -87,6 +87,7 @@ class DataConfig:
   balance: float = 0.5  # 0 = natural frequency, 1 = every label (or cluster) equally often
   clusters: str = ''  # folder of cluster labels, from `wallwm data cluster`; '' = balance labels
   balance_cap: float = 16.0  # most repeats of an event, relative to its natural frequency
+  balance_tolerance: float = 0.05  # how far shares of clusters may stay from their targets, 0..1
   sources: tuple[tuple[str, float], ...] = ()  # (source, ratio) of every source; () = as they come
   recovery: float = 0.0  # share of events that show a recovery; 0 = as they come
   pack: int = 0  # latent frames of a row that holds several events; 0 = one event per row
@@ -120,6 +121,11 @@ class DataConfig:
     require(
       self.balance_cap >= 1,
       f'data.balance_cap: expected >= 1 (inf = no cap), got {self.balance_cap}.',
+    )
+    require(
+      0 <= self.balance_tolerance <= 1,
+      f'data.balance_tolerance: expected 0..1 (1 = the closest compromise), got '
+      f'{self.balance_tolerance}.',
     )
     require(0 <= self.recovery < 1, f'data.recovery: expected 0 <= x < 1, got {self.recovery}.')
     names = [name for name, _ in self.sources]
