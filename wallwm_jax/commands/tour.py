@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 
 import jax
 from rich.console import Console
 
 from wallwm_jax import presets
 from wallwm_jax.commands import attempts, evaluators, language_scores, tiny_vlm
+from wallwm_jax.commands.clock import Clock
 from wallwm_jax.commands.language_scores import Moments
 from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.data.build import build_store
@@ -73,7 +73,7 @@ def run(size: str, out: str | pathlib.Path) -> dict:
     WallWMError: whatever a step refuses; what earlier steps produced stays.
   """
   plan, out, console = SIZES[size], pathlib.Path(out), Console()
-  clock = _Clock(console)
+  clock = Clock(console)
   out.mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', str((out / 'jax_cache').absolute()))
 
@@ -272,26 +272,3 @@ def _cards(summary: dict) -> tuple[report.Card, ...]:
       f'{summary["environment"]["cpus"]} CPU cores',
     ),
   )
-
-
-class _Clock:
-  """Numbered headlines and the seconds each part took."""
-
-  def __init__(self, console: Console):
-    self._console, self._begun, self._parts = console, time.monotonic(), []
-
-  def start(self, name: str) -> None:
-    self._parts.append((name, time.monotonic()))
-    self._console.rule(
-      f'[{len(self._parts)}] {name}  ({self.total() / 60:.1f} min so far)', align='left'
-    )
-
-  def total(self) -> float:
-    return time.monotonic() - self._begun
-
-  def parts(self) -> dict[str, float]:
-    """Seconds by part."""
-    ends = [begun for _, begun in self._parts[1:]] + [time.monotonic()]
-    return {
-      name: round(end - begun, 1) for (name, begun), end in zip(self._parts, ends, strict=True)
-    }
