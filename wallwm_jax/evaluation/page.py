@@ -68,6 +68,36 @@ details summary { cursor: pointer; color: var(--accent); font-size: 14px; margin
 .tag.good { background: #e2f3ea; color: var(--good); }
 .tag.bad { background: #f9e7e2; color: var(--bad); }
 footer { color: var(--soft); font-size: 13px; margin-top: 22px; }
+p.soft, .soft { color: var(--soft); font-size: 14px; margin: 8px 0; }
+code { font-size: .93em; background: var(--back); padding: 1px 5px; border-radius: 4px; }
+section > p.sum { color: var(--ink); font-size: 17px; margin: 6px 0; }
+.key { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 5px 0 8px; }
+.share { display: flex; height: 18px; border-radius: 5px; overflow: hidden; gap: 2px; }
+.share > div { min-width: 4px; }
+.share .good, .key.good { background: var(--good); }
+.share .bad, .key.bad { background: var(--bad); }
+.share .soft, .key.soft { background: #9aa5b4; margin-top: 0; margin-bottom: 0; }
+.example { break-inside: avoid; margin-bottom: 18px; }
+.example p { margin: 14px 0 0; font-size: 14px; }
+.film { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px 10px;
+  margin-top: 8px; font-size: 12.5px; line-height: 1.35; }
+.film img { width: 100%; display: block; border-radius: 4px; margin-bottom: 4px; }
+.film img.small { image-rendering: pixelated; }
+.film span { overflow-wrap: anywhere; }
+.levels { display: grid; grid-template-columns: 96px minmax(0, 1fr); gap: 4px 8px; font-size: 12.5px;
+  margin-top: 8px; }
+.levels .name { align-self: center; text-align: right; color: var(--soft); }
+.levels .name b { color: var(--ink); }
+.track { display: grid; }
+.track > div { padding: 4px 5px; border-right: 2px solid var(--paper); border-radius: 4px;
+  line-height: 1.3; min-height: 26px; overflow: hidden; text-align: center; }
+.track .gap { background: repeating-linear-gradient(45deg, #fff, #fff 4px, #e3e7ed 4px,
+  #e3e7ed 8px); color: transparent; }
+.track .given, .key.given { background: #cfe0fa; }
+.track .vlm, .key.vlm { background: #cdebdc; }
+.track .template, .key.template { background: #fbe0c8; }
+.track .other, .key.other { background: #e3e7ed; }
+.share, .track, .key { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 @media (max-width: 640px) { .strip { grid-template-columns: 84px minmax(0, 1fr); }
   section { padding: 18px 14px; } }
 @media print { body { background: #fff; } section { break-inside: avoid; } nav { display: none; } }
@@ -143,6 +173,18 @@ def png(pixels: np.ndarray) -> bytes:
   out = io.BytesIO()
   Image.fromarray(pixels).save(out, 'png', optimize=True)
   return out.getvalue()
+
+
+def thumbnail(frame: np.ndarray, alt: str, side: int = 192) -> str:
+  """An image of uint8 [H, W, 3]: as it is where it is tiny, else at most `side` px wide and high
+  (JPEG)."""
+  if max(frame.shape[:2]) <= 64:
+    return image(png(frame), alt).replace('<img ', '<img class="small" ', 1)
+  shown = Image.fromarray(frame)
+  shown.thumbnail((side, side))
+  out = io.BytesIO()
+  shown.save(out, 'jpeg', quality=85)
+  return image(out.getvalue(), alt, 'jpeg')
 
 
 def gif(frames: np.ndarray, fps: float) -> bytes:

@@ -21,7 +21,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 def loss_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
   """One panel per stage: every curve, faint as logged and bold smoothed."""
-  figure, axes = _panels(len(stages), width=5.2, height=2.9, columns=2)
+  figure, axes = panels(len(stages), width=5.2, height=2.9, columns=2)
   for axis, (stage, curves) in zip(axes, stages.items()):
     for color, (name, (steps, values)) in zip(SERIES, curves.items()):
       axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
@@ -33,7 +33,7 @@ def loss_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
     axis.set_title(stage)
     axis.set_xlabel('optimizer step')
     axis.legend(frameon=False)
-  return _render(figure)
+  return as_png(figure)
 
 
 def smooth(values, span: float = 0.05) -> np.ndarray:
@@ -53,7 +53,7 @@ def action_traces(predicted, true, mask, hold) -> bytes:
     predicted, true, hold: [K, A] physical, relative to the anchor; mask: [K, A], True = supervised.
   """
   arms = true.shape[-1] // POSE_WIDTH
-  figure, axes = _panels(5 * arms, width=2.15, height=2.2, columns=5)
+  figure, axes = panels(5 * arms, width=2.15, height=2.2, columns=5)
   styles = (
     ('held still', hold, {'color': GREY, 'linestyle': ':'}),
     ('demonstrated', true, {'color': INK}),
@@ -70,8 +70,8 @@ def action_traces(predicted, true, mask, hold) -> bytes:
         axis.set_title(title if arms == 1 else f'arm {arm + 1}: {title}')
         axis.set_xlabel('step')
     axes[5 * arm + 4].set_ylim(-0.08, 1.08)
-  _legend_above(figure, axes[0])
-  return _render(figure)
+  legend_above(figure, axes[0])
+  return as_png(figure)
 
 
 def _channels(actions: np.ndarray) -> dict[str, np.ndarray]:
@@ -85,7 +85,7 @@ def success_bars(policies: Mapping[str, Mapping[str, Interval]]) -> bytes:
   """Grouped bars with confidence intervals: {policy: {kind: Interval}}; kinds of the first
   policy."""
   kinds = list(next(iter(policies.values())))
-  figure, (axis,) = _panels(1, width=max(5.0, 1.3 * len(kinds) + 2), height=3.2, columns=1)
+  figure, (axis,) = panels(1, width=max(5.0, 1.3 * len(kinds) + 2), height=3.2, columns=1)
   width = 0.8 / len(policies)
   for i, (color, (policy, scores)) in enumerate(zip((BLUE, GREY, ORANGE, GREEN), policies.items())):
     shown = [k for k in kinds if k in scores]
@@ -98,8 +98,8 @@ def success_bars(policies: Mapping[str, Mapping[str, Interval]]) -> bytes:
   axis.set_ylim(0, 105)
   axis.set_ylabel('success [%]')
   axis.grid(visible=False, axis='x')
-  _legend_above(figure, axis)
-  return _render(figure)
+  legend_above(figure, axis)
+  return as_png(figure)
 
 
 def horizon_curves(
@@ -107,7 +107,7 @@ def horizon_curves(
 ) -> bytes:
   """One panel per metric: {metric: {predictor: [T]}} over the frames of the window (NaN =
   observed)."""
-  figure, axes = _panels(len(curves), width=5.2, height=2.9, columns=2)
+  figure, axes = panels(len(curves), width=5.2, height=2.9, columns=2)
   for axis, (metric, predictors) in zip(axes, curves.items()):
     for color, (name, values) in zip(SERIES, predictors.items()):
       values = np.asarray(values, np.float64)
@@ -115,11 +115,11 @@ def horizon_curves(
       axis.plot(x, values, color=color, linewidth=1.8, marker='o', markersize=3, label=name)
     axis.set_title(metric)
     axis.set_xlabel('s after the observation' if fps else 'frame')
-  _legend_above(figure, axes[0])
-  return _render(figure)
+  legend_above(figure, axes[0])
+  return as_png(figure)
 
 
-def _panels(count: int, width: float, height: float, columns: int):
+def panels(count: int, width: float, height: float, columns: int):
   """A figure with `count` styled axes, at most `columns` side by side."""
   columns = min(columns, count)
   rows = -(-count // columns)
@@ -138,7 +138,7 @@ def _panels(count: int, width: float, height: float, columns: int):
   return figure, axes
 
 
-def _legend_above(figure: Figure, axis) -> None:
+def legend_above(figure: Figure, axis) -> None:
   """One legend for the whole figure, outside the axes."""
   handles, labels = axis.get_legend_handles_labels()
   figure.legend(
@@ -146,7 +146,7 @@ def _legend_above(figure: Figure, axis) -> None:
   )
 
 
-def _render(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
   out = io.BytesIO()
   figure.savefig(out, format='png', dpi=150, facecolor='white')
   return out.getvalue()
