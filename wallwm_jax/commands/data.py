@@ -54,6 +54,9 @@ def add_parser(verbs) -> None:
     '--episodes', type=int, default=200, help='tabletop: episodes to collect (200)'
   )
   build_.add_argument('--mix', default='mixed', help='tabletop: mixed, single or multi (mixed)')
+  build_.add_argument(
+    '--recovery', type=float, default=0.0, help='tabletop: fraction that recovers a missed event (0)'
+  )
   build_.add_argument('--seed', type=int, default=0, help='tabletop: seed (0)')
 
   summary = 'what a store holds and what was quarantined; what raw data is and what its spec lacks'
@@ -182,7 +185,9 @@ def _tabletop(args):
   from wallwm_jax.envs import tabletop
 
   world = tabletop.TabletopConfig(image_size=_image_size(args.size or '48x48'))
-  return tabletop.collect(args.episodes, args.seed, mix=args.mix, config=world)
+  return tabletop.collect(
+    args.episodes, args.seed, mix=args.mix, recovery=args.recovery, config=world
+  )
 
 
 def _image_size(text: str) -> tuple[int, int]:
