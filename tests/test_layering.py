@@ -32,7 +32,7 @@ ALLOWED = {
   'inference': VOCABULARY
   | {'models.functional', 'models.language', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
   'envs': VOCABULARY | {'geometry', 'data.schema'},
-  'evaluation': VOCABULARY | {'envs', 'geometry'},
+  'evaluation': VOCABULARY | {'envs', 'geometry', 'data'},
   'training': VOCABULARY
   | {
     'kernels.*.api',

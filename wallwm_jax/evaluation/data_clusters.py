@@ -46,9 +46,9 @@ def find_labels(
 def clusters(title: str, store: EventStore, labels: Labels | None, why: str) -> str:
   """Sizes before and after balancing, examples of what is seen, motions of what is done."""
   text = (
-    'Events are grouped twice: by what is seen and said (vision-language), and by how the arm moves '
-    '(action). Both kinds of groups are balanced at once, so that what is common does not drown '
-    'what is rare.'
+    'Events are grouped twice: by what is seen and said (vision-language), and by how the arm '
+    'moves (action). Both kinds of groups are balanced at once, so that what is common does not '
+    'drown what is rare.'
   )
   if labels is None:
     return page.section(title, text, f'<p class="soft">{why}</p>')
@@ -68,8 +68,10 @@ def clusters(title: str, store: EventStore, labels: Labels | None, why: str) -> 
   return page.section(
     title,
     text,
-    page.figure(data_plots.cluster_bars(shares), 'Grey: how often each cluster was recorded. Blue: '
-                'how often it is drawn in training.'),  # fmt: skip
+    page.figure(
+      data_plots.cluster_bars(shares),
+      f'Grey: share of the {len(rows):,} training events. Blue: how often each is drawn.',
+    ),
     _balance_table(before, after, settings),
     *_pictures(store, labels, rows, weights),
     *_motions(store, labels),
@@ -109,13 +111,13 @@ def _balance_table(before: Mapping, after: Mapping, settings: BalanceSettings) -
         b['clusters'],
         f'{a["effective"]:.1f} → {b["effective"]:.1f}',
         f'{a["max_over_min"]:.1f} → {b["max_over_min"]:.1f}',
-        f'{b["tv"]:.3f}',
+        f'{a["tv"]:.3f} → {b["tv"]:.3f}',
       )
     )
   head = ('clusters', 'number', 'effective number', 'largest / smallest', 'from target (TV)')
   note = (
-    f'Drawn as in training by default: clusters in proportion to count^{settings.tau_vl:g}, no event '
-    f'more than {settings.cap:g} times its share. The most repeated event is drawn '
+    f'Drawn as in training by default: clusters in proportion to count^{settings.tau_vl:g}, no '
+    f'event more than {settings.cap:g} times its share. The most repeated event is drawn '
     f'{after["max_repeat"]:.1f} times in as many draws as there are events, '
     f'{100 * after["unseen"]:.0f} % of the events not at all; effective sample size '
     f'{100 * after["kish"]:.0f} %.'
@@ -127,12 +129,11 @@ def _pictures(
   store: EventStore, labels: Labels, rows: np.ndarray, weights: np.ndarray
 ) -> list[str]:
   """First frames of the events nearest to the centres of the largest and the smallest clusters."""
-  sizes = cluster_sizes(labels)['vl']
-  count = len(sizes)
+  count = int(labels.vl.max()) + 1
   chosen = sorted({*range(min(LARGEST, count)), *range(max(count - SMALLEST, 0), count)})
   nearest = examples(labels, 'vl', PICTURES)
-  natural = _padded(np.bincount(labels.vl[rows]), count) / len(rows)
-  drawn = _padded(np.bincount(labels.vl[rows], weights), count)
+  sizes = np.bincount(labels.vl[rows], minlength=count)
+  drawn = np.bincount(labels.vl[rows], weights, minlength=count)
   blocks = [
     '<h3>What vision-language clusters show</h3>',
     '<p class="soft">First frames and captions of the events nearest to each centre'
@@ -141,15 +142,11 @@ def _pictures(
   for cluster in chosen:
     cards = ''.join(_event_card(store, int(row)) for row in nearest[cluster])
     label = (
-      f'<b>cluster {cluster}</b> · {sizes[cluster]:,} events · {100 * natural[cluster]:.1f} % of '
-      f'what was recorded, {100 * drawn[cluster]:.1f} % of the draws'
+      f'<b>cluster {cluster}</b> · {sizes[cluster]:,} training events · '
+      f'{100 * sizes[cluster] / len(rows):.1f} % of them, {100 * drawn[cluster]:.1f} % of the draws'
     )
     blocks.append(f'<div class="example"><p>{label}</p><div class="film">{cards}</div></div>')
   return blocks
-
-
-def _padded(x: np.ndarray, size: int) -> np.ndarray:
-  return np.pad(x, (0, size - len(x)))
 
 
 def _event_card(store: EventStore, row: int) -> str:
@@ -216,12 +213,12 @@ def packing(title: str, store: EventStore, labels: Labels | None) -> str:
   events = np.diff(planned.ends, prepend=0)
   padded = costs[planned.events].mean() / costs.max()
   cut = int((latents > BUDGET - 1).sum())
-  cards = (
-    f'{len(planned.events):,} draws (balanced {drawn}) fill {len(filled):,} rows of {BUDGET} latent '
-    f'frames to {100 * filled.mean() / BUDGET:.1f} %, {events.mean():.1f} events in each. One event '
-    f'per row, padded to the longest, would fill {100 * padded:.1f} %.'
+  result = (
+    f'{len(planned.events):,} draws (balanced {drawn}) fill {len(filled):,} rows of {BUDGET} '
+    f'latent frames to {100 * filled.mean() / BUDGET:.1f} %, {events.mean():.1f} events in each. '
+    f'One event per row, padded to the longest, would fill {100 * padded:.1f} %.'
   )
-  notes = [f'<p><b>{page.escape(cards)}</b></p>']
+  notes = [f'<p class="main">{page.escape(result)}</p>']
   if cut:
     notes.append(
       f'<p class="soft">{cut:,} events are longer than a row ({rate * (BUDGET - 1)} steps) and are '

@@ -18,7 +18,7 @@ from wallwm_jax.evaluation import data_plots, page
 from wallwm_jax.types import DataError
 
 MAX_EVENTS = 20  # shown of an example
-_NAMES = {'L3': 'task', 'L2': 'subtask', 'L1': 'action', 'L0': 'segment', 'human': 'human'}
+_NAMES = {'L3': 'task', 'L2': 'subtask', 'L1': 'action', 'L0': 'segment', 'human': 'by a person'}
 _METHODS = {
   'given': 'annotated',
   'detector': 'found by the detector',
@@ -68,8 +68,8 @@ def events(
   methods = {row: str(_segment(found).get('method', '')) for row, found in notes.items()}
   counts = store.column('events', 'episodes')
   rows = []
-  for method in sorted(set(methods.values()), key=lambda m: list(_METHODS).index(m) if m in _METHODS
-                       else len(_METHODS)):  # fmt: skip
+  used = sorted(set(methods.values()), key=lambda m: [*_METHODS, m].index(m))
+  for method in used:
     of = [row for row, own in methods.items() if own == method]
     segments = [_segment(notes[row]) for row in of]
     forced = sum(int(s.get('forced', 0)) for s in segments)
@@ -87,7 +87,7 @@ def events(
   owner, length = store.column('episode'), store.column('length')
   seconds = (length - 1) / store.column('fps', 'episodes')[owner]
   by_method = {}
-  for method in dict.fromkeys(methods[row] for row in sorted(methods)):
+  for method in used:
     inside = np.isin(owner, [row for row, own in methods.items() if own == method])
     by_method[_METHODS.get(method, method)] = seconds[inside]
   blocks = [
@@ -95,16 +95,16 @@ def events(
     page.figure(data_plots.length_histogram(by_method), 'Lengths of the events.'),
     *(_example(store, row, notes[row]) for row in shown),
   ]
-  if set(methods.values()) == {''}:
+  if used == ['']:
     blocks.append(
       '<p class="soft">No segmentation was noted: events are as the reader gave them. '
       '<code>wallwm data build --prepare</code> finds those of episodes that have none.</p>'
     )
   return page.section(
     title,
-    'Episodes are cut where the behaviour changes. Below, each example shows its speed, its gripper '
-    'and every boundary (orange; dotted where the detector was below its threshold and had to cut), '
-    'then the frame at which each event starts and its action caption.',
+    'Episodes are cut where the behaviour changes. Below, each example shows its speed, its '
+    'gripper and every boundary (orange; dotted where the detector was below its threshold and had '
+    'to cut), then the frame at which each event starts and its action caption.',
     *blocks,
   )
 
@@ -126,17 +126,17 @@ def _example(store: EventStore, row: int, found: Mapping) -> str:
   at = _seconds(info)
   spans = [(float(at[e.start]), float(at[e.end - 1])) for e in info.events]
   note = _segment(found)
-  least = 0.42  # the default threshold; nothing keeps the one that was used
-  unsure = [
-    float(at[frame])
-    for frame, mass in zip(note.get('boundaries', ()), note.get('expected', ()))
-    if mass < least and frame < len(at)
-  ]
+  ranked = sorted(zip(note.get('expected', ()), note.get('boundaries', ())))
+  unsure = [float(at[b]) for _, b in ranked[: int(note.get('forced', 0))] if b < len(at)]
   trace = data_plots.episode_trace(at, _quantities(store, row, info), spans, unsure)
   task = next((s.text for s in info.captions if s.level in ('L3', 'human')), '')
   method = _METHODS.get(str(note.get('method', '')), str(note.get('method', '')))
-  head = f'<h3>{page.escape(info.episode_id)}{f": “{page.escape(task)}”" if task else ""}</h3>'
-  text = f'{len(info.events)} events, {method}; {at[-1]:.1f} s at {info.fps:g} Hz, {info.source}.'
+  head = f'<h3>{f"“{page.escape(task)}”" if task else page.escape(info.episode_id)}</h3>'
+  count = f'{len(info.events)} events' if len(info.events) > 1 else '1 event'
+  text = (
+    f'{count}, {method}; {at[-1]:.1f} s at {info.fps:g} Hz; camera {info.views[0]}. Episode '
+    f'{info.episode_id} of {info.source}.'
+  )
   return f'<div class="example">{head}{page.figure(trace, text)}{_strip(store, row, info)}</div>'
 
 
@@ -146,7 +146,7 @@ def _quantities(store: EventStore, row: int, info: EpisodeInfo) -> dict[str, np.
   if info.state is None:
     view = info.views[0]
     change = signals.visual_motion(store.frames(row, np.arange(info.num_frames), [view])[view])
-    return {f'change in {view}\n[grey levels]': np.pad(change, (1, 1), mode='edge')[:, None]}
+    return {'picture changes\n[grey levels]': np.pad(change, (1, 1), mode='edge')[:, None]}
   arms = info.state.reshape(len(info.state), -1, ARM_WIDTH).astype(np.float64)
   at = _seconds(info)
   velocity = np.gradient(arms[..., :3], at, axis=0)
@@ -181,12 +181,13 @@ def captions(
 ) -> str:
   """Where captions came from, and the levels of one episode as nested bars."""
   text = (
-    'Four levels, each without gaps and inside the one above: task (L3), subtask (L2), action (L1), '
-    'segment (L0). What was given stays; the rest is asked of a model, or told from motion.'
+    'Four levels, each without gaps and inside the one above: task (L3), subtask (L2), action '
+    '(L1), segment (L0). What was given stays; the rest is asked of a model, or told from motion.'
   )
   infos = {row: store.info(row) for row in shown}
   levels = {row: len({s.level for s in _spans(info)}) for row, info in infos.items()}
-  row = max(levels, key=lambda r: (levels[r], len(_spans(infos[r])), -r))
+  told = {row: len({x for of in _caption_note(notes[row]).values() for x in of}) for row in infos}
+  row = max(levels, key=lambda r: (levels[r], told[r], len(_spans(infos[r])), -r))
   if not levels[row]:
     return page.section(
       title,
@@ -216,9 +217,11 @@ def _caption_sources(store: EventStore, notes: Mapping[int, Mapping]) -> str:
     if not said and not made[level]:
       continue
     distinct = len(set(texts.unique().to_pylist()) - {'', None})
-    cells = [f'{made[level][source]:,}' if made[level] else '–' for source in ('given', 'vlm', 'template')]  # noqa: E501
-    name = f'{level} {_NAMES[level]}' if level in made or level != 'human' else level
-    rows.append((name, *cells, f'{said:,} of {len(store.events):,}', f'{distinct:,}'))
+    counts = [made[level][source] for source in ('given', 'vlm', 'template')]
+    cells = [f'{count:,}' if made[level] else '–' for count in counts]
+    rows.append(
+      (f'{level} {_NAMES[level]}', *cells, f'{said:,} of {len(store.events):,}', f'{distinct:,}')
+    )
   head = ('level', 'given', 'from a model', 'told from motion', 'events that have one', 'distinct')
   return page.table(head, rows)
 
@@ -270,15 +273,15 @@ def _levels(info: EpisodeInfo, found: Mapping) -> str:
       cells += '<div class="gap">gap</div>'
     widths = ' '.join(f'minmax(0,{width:g}fr)' for width in columns)
     tracks += (
-      f'<div class="name"><b>{level}</b> {_NAMES[level] if level != "human" else ""}</div>'
+      f'<div class="name"><b>{level}</b> {_NAMES[level]}</div>'
       f'<div class="track" style="grid-template-columns:{widths}">{cells}</div>'
     )
-  head = f'<h3>{page.escape(info.episode_id)}, {at[-1]:.1f} s {_verdict(info)}</h3>'
+  head = f'<h3>Episode {page.escape(info.episode_id)}, {at[-1]:.1f} s {_verdict(info)}</h3>'
   used = [source for source in _SOURCES if f'class="{source or "other"}"' in tracks]
   key = ' '.join(
     f'<span class="key {source or "other"}"></span>{_SOURCES[source]}' for source in used
   )
-  table = page.table(('', 'level', 'time', 'caption', 'source'), written, text=True)
+  table = page.table(('', 'level', 'time', 'caption', 'source'), written, text=(1, 3, 4))
   rest = f'<p class="soft">What did not fit into its bar:</p>{table}' if written else ''
   return f'{head}<div class="levels">{tracks}</div><p class="soft">{key}</p>{rest}'
 

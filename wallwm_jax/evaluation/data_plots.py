@@ -38,14 +38,14 @@ class LagRow(NamedTuple):
 def lag_dots(rows: Sequence[LagRow]) -> bytes:
   """A row per camera: circles at the episodes' own lags, their area and number = how many; the tick
   is the lag that was applied."""
-  figure, (axis,) = panels(1, width=_WIDE, height=1.0 + 0.42 * len(rows), columns=1)
+  figure, (axis,) = panels(1, width=_WIDE, height=1.0 + 0.4 * len(rows), columns=1)
   shown = np.concatenate([np.append(row.estimates, row.lag) for row in rows])
-  most = max((np.unique(row.estimates, return_counts=True)[1].max(initial=1) for row in rows))
+  most = max(np.unique(row.estimates, return_counts=True)[1].max(initial=1) for row in rows)
   for y, row in enumerate(rows):
-    axis.plot([row.lag, row.lag], [y - 0.4, y + 0.4], color=ORANGE, linewidth=3, zorder=2,
+    axis.plot([row.lag, row.lag], [y - 0.46, y + 0.46], color=ORANGE, linewidth=4, zorder=2,
               label=None if y else 'lag of the rig, applied')  # fmt: skip
     lags, counts = np.unique(row.estimates, return_counts=True)
-    axis.scatter(lags, np.full(len(lags), y), s=60 + 340 * counts / most, color=BLUE, zorder=3,
+    axis.scatter(lags, np.full(len(lags), y), s=90 + 150 * counts / most, color=BLUE, zorder=3,
                  label=None if y else 'episodes, by their own best lag')  # fmt: skip
     for lag, count in zip(lags, counts):
       axis.annotate(f'{count}', (lag, y), color='white', fontsize=8, ha='center', va='center')
@@ -74,9 +74,10 @@ def sync_confidence(
   axis.axhline(least[1], color=INK, linewidth=1, linestyle=':', label='least (refused below)')
   axis.set_yscale('log')
   axis.yaxis.set_major_formatter('{x:g}')
+  axis.yaxis.set_minor_formatter('{x:g}')
   axis.set_xlabel('mean correlation at the lag of the rig')
   axis.set_ylabel('evidence [nats per camera]')
-  axis.set_xlim(left=0)
+  axis.set_xlim(0, 1)
   _legend_right(figure)
   return as_png(figure)
 
@@ -91,7 +92,8 @@ def residual_curves(rigs: Mapping[str, Mapping[str, np.ndarray]], tops: Mapping[
       lags = np.arange(len(curve)) - len(curve) // 2
       axis.plot(lags, curve, color=(BLUE, GREEN, PURPLE, INK, GREY)[i % 5], linewidth=1.6,
                 marker=MARKERS[i % 5], markersize=3.5, label=view)  # fmt: skip
-    axis.set_title(f'{rig}: highest at {tops[rig]:+d}' if tops[rig] else f'{rig}: highest at 0')
+    top = f'{tops[rig]:+d}' if tops[rig] else '0'
+    axis.set_title(f'{rig}: highest at {top}', fontsize=9)
     axis.set_xlabel('frames of lag left in the store')
     axis.set_ylabel('correlation')
     axis.legend(frameon=False, fontsize=8)
@@ -138,6 +140,9 @@ def episode_trace(
       axis.plot(at, column, color=(INK, PURPLE)[arm % 2], linewidth=1.4, label=f'arm {arm + 1}')
     axis.set_xlim(seconds[0], seconds[-1])
     axis.set_ylabel(name)
+    axis.tick_params(labelbottom=axis is axes[-1])
+    if name.startswith('gripper'):
+      axis.set_ylim(-0.06, 1.06)
     axis.grid(visible=False, axis='x')
     if values.shape[1] > 1:
       axis.legend(frameon=False, fontsize=8, ncols=2)
@@ -192,7 +197,7 @@ def cluster_bars(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(visible=False, axis='x')
     axis.set_title(side)
-    axis.set_xlabel('cluster, the most frequent first')
+    axis.set_xlabel('rank of the cluster')
     axis.set_ylabel('share [%]')
   legend_above(figure, axes[0])
   return as_png(figure)

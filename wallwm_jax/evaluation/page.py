@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -39,18 +39,19 @@ main { max-width: 1128px; margin: 0 auto; padding: 0 24px 64px; }
 .card.bad .value { color: var(--bad); }
 section { padding: 22px 24px; margin-top: 20px; }
 h2 { margin: 0 0 4px; font-size: 19px; letter-spacing: -.01em; }
-h3 { margin: 24px 0 6px; font-size: 15px; }
+h3 { margin: 24px 0 6px; font-size: 15px; overflow-wrap: anywhere; }
 section > p { margin: 0 0 14px; color: var(--soft); max-width: 84ch; }
 figure { margin: 12px 0 0; }
 figure img { max-width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
+figcaption { color: var(--soft); font-size: 13px; margin: 6px 0 12px; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px 7px 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+td.text { white-space: normal; overflow-wrap: anywhere; }
+th.text, td.text { text-align: left; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 .strip { display: grid; grid-template-columns: 128px minmax(0, 1fr); gap: 3px 10px;
   align-items: center; margin: 8px 0 4px; font-size: 12.5px; }
@@ -68,7 +69,8 @@ details summary { cursor: pointer; color: var(--accent); font-size: 14px; margin
 .tag.good { background: #e2f3ea; color: var(--good); }
 .tag.bad { background: #f9e7e2; color: var(--bad); }
 footer { color: var(--soft); font-size: 13px; margin-top: 22px; }
-p.soft, .soft { color: var(--soft); font-size: 14px; margin: 8px 0; }
+section > p.soft, p.soft { color: var(--soft); font-size: 14px; margin: 8px 0; }
+section > p.main { color: var(--ink); font-weight: 600; margin: 8px 0; }
 code { font-size: .93em; background: var(--back); padding: 1px 5px; border-radius: 4px; }
 section > p.sum { color: var(--ink); font-size: 17px; margin: 6px 0; }
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 5px 0 8px; }
@@ -76,7 +78,7 @@ section > p.sum { color: var(--ink); font-size: 17px; margin: 6px 0; }
 .share > div { min-width: 4px; }
 .share .good, .key.good { background: var(--good); }
 .share .bad, .key.bad { background: var(--bad); }
-.share .soft, .key.soft { background: #9aa5b4; margin-top: 0; margin-bottom: 0; }
+.share .soft, .key.soft { background: #9aa5b4; }
 .example { break-inside: avoid; margin-bottom: 18px; }
 .example p { margin: 14px 0 0; font-size: 14px; }
 .film { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px 10px;
@@ -84,8 +86,8 @@ section > p.sum { color: var(--ink); font-size: 17px; margin: 6px 0; }
 .film img { width: 100%; display: block; border-radius: 4px; margin-bottom: 4px; }
 .film img.small { image-rendering: pixelated; }
 .film span { overflow-wrap: anywhere; }
-.levels { display: grid; grid-template-columns: 96px minmax(0, 1fr); gap: 4px 8px; font-size: 12.5px;
-  margin-top: 8px; }
+.levels { display: grid; grid-template-columns: 96px minmax(0, 1fr); gap: 4px 8px;
+  font-size: 12.5px; margin-top: 8px; }
 .levels .name { align-self: center; text-align: right; color: var(--soft); }
 .levels .name b { color: var(--ink); }
 .track { display: grid; }
@@ -123,13 +125,20 @@ def figure(png: bytes, caption: str) -> str:
   return f'<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], text: bool = False) -> str:
-  """A table; `text` lets long cells wrap instead of scrolling."""
-  cell = '<td class="text">' if text else '<td>'
-  heads = ''.join(f'<th>{escape(h)}</th>' for h in head)
-  body = ''.join('<tr>' + ''.join(f'{cell}{escape(v)}</td>' for v in row) + '</tr>' for row in rows)
+def table(
+  head: Sequence[str], rows: Iterable[Sequence[object]], text: bool | Collection[int] = False
+) -> str:
+  """A table; `text` lets long cells wrap instead of scrolling, of all columns or of some."""
+  columns = range(len(head)) if isinstance(text, bool) else text
+  kinds = [' class="text"' if text and i in columns else '' for i in range(len(head))]
+
+  def line(cells: Sequence[object], tag: str) -> str:
+    shown = zip(cells, kinds, strict=True)
+    return '<tr>' + ''.join(f'<{tag}{kind}>{escape(x)}</{tag}>' for x, kind in shown) + '</tr>'
+
+  heads, body = line(head, 'th'), ''.join(line(row, 'td') for row in rows)
   return (
-    f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    f'<div class="scroll"><table><thead>{heads}</thead><tbody>{body}</tbody></table></div>'
   )
 
 

@@ -64,8 +64,8 @@ def action_traces(predicted, true, mask, hold) -> bytes:
     part = slice(POSE_WIDTH * arm, POSE_WIDTH * (arm + 1))
     shown = np.asarray(mask)[:, part].any(-1)
     for label, actions, style in styles:
-      panels = _channels(np.asarray(actions)[:, part])
-      for axis, (title, values) in zip(axes[5 * arm :], panels.items()):
+      shown_values = _channels(np.asarray(actions)[:, part])
+      for axis, (title, values) in zip(axes[5 * arm :], shown_values.items()):
         axis.plot(steps[shown], values[shown], linewidth=1.6, label=label, **style)
         axis.set_title(title if arms == 1 else f'arm {arm + 1}: {title}')
         axis.set_xlabel('step')
