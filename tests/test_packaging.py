@@ -156,6 +156,7 @@ def test_wheel_imports_from_another_directory(built, tmp_path):
   names = zipfile.ZipFile(wheel).namelist()
   for folder in package_folders():
     assert f'{folder.replace(".", "/")}/__init__.py' in names
+  assert 'wallwm_jax/data/boundaries.npz' in names
   assert all(n.startswith(('wallwm_jax/', 'wallwm_jax-')) for n in names), names
   pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target']
   subprocess.run([*pip, str(tmp_path / 'site'), str(wheel)], check=True)
