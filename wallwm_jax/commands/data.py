@@ -55,7 +55,7 @@ def add_parser(verbs) -> None:
   )
   build_.add_argument('--mix', default='mixed', help='tabletop: mixed, single or multi (mixed)')
   build_.add_argument(
-    '--recovery', type=float, default=0.0, help='tabletop: fraction that recovers a missed event (0)'
+    '--recovery', type=float, default=0.0, help='tabletop: part that recovers from a miss (0)'
   )
   build_.add_argument('--seed', type=int, default=0, help='tabletop: seed (0)')
 
