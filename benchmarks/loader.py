@@ -5,7 +5,7 @@ wallwm bench loader -- --video ../shared/data/droid_three_view
 
 A figure is the slope between a short and a long run, so that start-up does not count. The plain
 reader does what LeRobot's library does (one mp4 per camera, a key frame every second frame, seek,
-rgb24); the library itself is not a dependency of this project.
+rgb24); `lerobot_library.py` measures the library itself.
 """
 
 from __future__ import annotations

@@ -102,10 +102,10 @@ def degraded(record: EpisodeRecord, number: int) -> EpisodeRecord:
   """A demonstration as it would be recorded elsewhere."""
   record = late(record)
   frames, state = dict(record.frames), record.state.copy()
-  middle = record.num_frames // 2
+  quarter, middle = record.num_frames // 4, record.num_frames // 2
   if number % EVERY == FROZEN:
     frames['side'] = frames['side'].copy()
-    frames['side'][middle : middle + 10] = frames['side'][middle]
+    frames['side'][quarter : quarter + middle] = frames['side'][quarter]
   if number % EVERY == JUMP:
     state[middle, :3] += 0.2
   return dataclasses.replace(
