@@ -45,7 +45,7 @@ def lag_dots(rows: Sequence[LagRow]) -> bytes:
     axis.plot([row.lag, row.lag], [y - 0.46, y + 0.46], color=ORANGE, linewidth=4, zorder=2,
               label=None if y else 'lag of the rig, applied')  # fmt: skip
     lags, counts = np.unique(row.estimates, return_counts=True)
-    axis.scatter(lags, np.full(len(lags), y), s=90 + 150 * counts / most, color=BLUE, zorder=3,
+    axis.scatter(lags, np.full(len(lags), y), s=130 + 130 * counts / most, color=BLUE, zorder=3,
                  label=None if y else 'episodes, by their own best lag')  # fmt: skip
     for lag, count in zip(lags, counts):
       axis.annotate(f'{count}', (lag, y), color='white', fontsize=8, ha='center', va='center')
@@ -72,9 +72,10 @@ def sync_confidence(
     axis.scatter(r, nats, s=22, alpha=0.7, linewidths=0, label=name, **style)
   axis.axvline(least[0], color=INK, linewidth=1, linestyle=':')
   axis.axhline(least[1], color=INK, linewidth=1, linestyle=':', label='least (refused below)')
-  axis.set_yscale('log')
+  axis.set_yscale('log', subs=())
+  axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
   axis.yaxis.set_major_formatter('{x:g}')
-  axis.yaxis.set_minor_formatter('{x:g}')
+  axis.yaxis.set_minor_formatter('')
   axis.set_xlabel('mean correlation at the lag of the rig')
   axis.set_ylabel('evidence [nats per camera]')
   axis.set_xlim(0, 1)
@@ -144,8 +145,6 @@ def episode_trace(
     if name.startswith('gripper'):
       axis.set_ylim(-0.06, 1.06)
     axis.grid(visible=False, axis='x')
-    if values.shape[1] > 1:
-      axis.legend(frameon=False, fontsize=8, ncols=2)
   width = seconds[-1] - seconds[0]
   wide = [0.012 * width < end - start for start, end in events]
   for i, (start, end) in enumerate(events):
@@ -156,6 +155,8 @@ def episode_trace(
       )  # fmt: skip
   axes[-1].set_xlabel('s')
   figure.align_ylabels()
+  if next(iter(rows.values())).shape[1] > 1:
+    legend_above(figure, axes[0])
   return as_png(figure)
 
 

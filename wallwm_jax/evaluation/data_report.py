@@ -100,7 +100,7 @@ def checks_of(reason: str) -> list[str]:
     verdict = re.match(r'(?:rig )?(?:weak|edge|inconsistent|drifting|mismatched|too short)', rest)
     return [f'sync: {verdict[0] if verdict else "streams cannot be compared"}']
   own = re.sub(r"^episode '.*?'( of '.*?')?: ", '', reason)
-  return [re.sub(r'\d+(\.\d+)?', '#', own)[:100]]
+  return [re.sub(r'(?<![\w.])\d+(\.\d+)?', '#', own)[:100]]
 
 
 def by_check(refused: Iterable[Refused]) -> dict[tuple[str, str], list[Refused]]:

@@ -89,12 +89,13 @@ def _applied_lags(rigs: Mapping[str, Sequence[Mapping]]) -> list[str]:
   dots, table, confidence = [], [], {}
   for name, notes in rigs.items():
     judged = [note for note in notes if 'deviation' in note]
-    lags = {view: int(lag) for note in notes for view, lag in note['lags'].items()}
-    for view, lag in lags.items():
-      own = [int(n['lags'][view] + n['deviation']) for n in judged if view in n['lags']]
+    # One lag per camera, unless the store was appended to and the rig had changed.
+    lags = list(dict.fromkeys(item for note in notes for item in note['lags'].items()))
+    for view, lag in lags:
+      own = [lag + int(n['deviation']) for n in judged if n['lags'].get(view) == lag]
       label = f'{name} · {view}' if len(rigs) > 1 else view
       dots.append(data_plots.LagRow(label, lag, np.array(own, int)))
-    applied = ', '.join(f'{view} {lag:+d}' if lag else f'{view} 0' for view, lag in lags.items())
+    applied = ', '.join(f'{view} {lag:+d}' if lag else f'{view} 0' for view, lag in lags)
     r, nats = (np.array([n[key] for n in judged], float) for key in ('r', 'evidence'))
     if judged:
       confidence[name] = r, nats
@@ -117,8 +118,9 @@ def _applied_lags(rigs: Mapping[str, Sequence[Mapping]]) -> list[str]:
     page.table(head, table),
     page.figure(
       data_plots.lag_dots(dots),
-      'Each episode judged by itself: the lag at which its own motion explains its pictures best. '
-      'Circles far from the tick are episodes that disagree with their rig.',
+      'Each episode judged by itself: the lag, shifted for all of its cameras at once, at which '
+      'its own motion explains its pictures best. Circles far from the tick are episodes that '
+      'disagree with their rig.',
     ),
   ]
   if confidence:

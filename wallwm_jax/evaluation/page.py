@@ -102,7 +102,13 @@ section > p.sum { color: var(--ink); font-size: 17px; margin: 6px 0; }
 .share, .track, .key { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 @media (max-width: 640px) { .strip { grid-template-columns: 84px minmax(0, 1fr); }
   section { padding: 18px 14px; } }
-@media print { body { background: #fff; } section { break-inside: avoid; } nav { display: none; } }
+@media print {
+  body, header { background: #fff; } nav { display: none; }
+  header { color: var(--ink); padding: 0 24px 12px; } header p { color: var(--soft); }
+  .cards { margin-top: 0; grid-template-columns: repeat(auto-fit, minmax(124px, 1fr)); }
+  .card { box-shadow: none; } .card .value { font-size: 22px; } th { white-space: normal; }
+  figure, tr, .card, .levels, .share { break-inside: avoid; } h2, h3, thead { break-after: avoid; }
+}
 """
 
 
