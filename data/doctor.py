@@ -84,14 +84,19 @@ def diagnose(
 
 
 def show(found: list[Diagnosis], console: Console | None = None) -> None:
-  """Prints findings as a table."""
+  """Prints findings as a table; what is the same of several channels in one row."""
   table = Table(title='normalisation and conventions', show_lines=True)
   for name in ('severity', 'check', 'channel', 'found', 'expected', 'what to do'):
-    table.add_column(name)
+    table.add_column(name, no_wrap=name in ('channel', 'found'))
   colour = {'severe': '[red]', 'warning': '[yellow]', 'info': ''}
+  alike = collections.defaultdict(list)
   for d in found:
-    label = colour[d.severity] + d.severity
-    table.add_row(label, d.check, _plain(d.channel), d.value, d.expected, _plain(d.message))
+    alike[d.severity, d.check, d.expected, d.message].append(d)
+  for (severity, check, expected, message), same in alike.items():
+    channels = _plain('\n'.join(d.channel for d in same))
+    values = '\n'.join(d.value for d in same)
+    label = colour[severity] + severity
+    table.add_row(label, check, channels, values, expected, _plain(message))
   (console or Console()).print(table if found else 'nothing found: statistics and data agree')
 
 

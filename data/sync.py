@@ -108,8 +108,10 @@ class RigLag:
   verdict: str
 
   def to_dict(self) -> dict[str, Any]:
-    """JSON-able."""
-    return dataclasses.asdict(self) | {'rig': list(self.rig), 'curves': self.curves.tolist()}
+    """For people, JSON-able: all but the curves."""
+    found = dataclasses.asdict(self) | {'rig': list(self.rig)}
+    del found['curves']
+    return found
 
 
 def motion(record: EpisodeRecord, settings: SyncSettings = SyncSettings()) -> Motion:

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 from lerobot_factory import CAMERAS, SPEC, make_raw, smooth_episode, write_v21, write_v30
 
 from wallwm_jax import cli
@@ -74,7 +75,7 @@ def test_the_command_line(tmp_path, capsys):
   raw, spec, out = tmp_path / 'raw', tmp_path / 'spec.yaml', tmp_path / 'store'
   write_v30(raw, [make_raw(i) for i in range(3)])
   assert cli.main(['data', 'inspect', str(raw)]) == 0
-  assert json.loads(capsys.readouterr().out)['format'] == 'lerobot'
+  assert yaml.safe_load(capsys.readouterr().out)['format'] == 'lerobot'
   build = ['data', 'build', '--reader', 'lerobot', '--source', str(raw), '--out', str(out)]
   assert cli.main(build) != 0
   assert 'convention: TODO' in capsys.readouterr().err

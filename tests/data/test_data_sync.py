@@ -107,7 +107,7 @@ def test_every_camera_of_a_rig_gets_its_own_lag(late):
   assert found.lags == lags and not found.verdict and found.episodes == 8
   assert {view: int(c.argmax()) - 8 for view, c in zip(lags, found.curves)} == lags
   plain = json.loads(json.dumps(found.to_dict()))
-  assert plain['lags'] == lags and np.shape(plain['curves']) == (3, 17)
+  assert plain['lags'] == lags and 'curves' not in plain
 
 
 def test_two_arms_are_compared_together_and_each_alone():

@@ -219,7 +219,7 @@ def build(args: argparse.Namespace) -> None:
     if args.prepare:
       steps = PrepareSettings.of(args.prepare.split(','))
       episodes = Prepared(episodes, steps, progress=True)
-      lags = {'/'.join(rig): lag.to_dict() for rig, lag in episodes.lags.items()}
+      lags = [lag.to_dict() for lag in episodes.lags.values()]
     report = build_store(
       episodes,
       args.out,
@@ -246,13 +246,9 @@ def cluster(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-  import pathlib
-
   from wallwm_jax.evaluation.data_report import write_data_report
 
-  default = pathlib.Path(args.store) / 'clusters' / 'default'
-  clusters = args.clusters or (str(default) if default.is_dir() else None)
-  print(write_data_report(args.store, args.out, clusters=clusters))
+  print(write_data_report(args.store, args.out, clusters=args.clusters))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -264,12 +260,15 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
+  import yaml
+
   from wallwm_jax.data.inspect import show
   from wallwm_jax.data.readers.probe import probe, raw_format
   from wallwm_jax.data.store import EventStore
+  from wallwm_jax.evaluation.base import to_plain
 
   if raw_format(args.path):
-    common.print_json(probe(args.path))
+    print(yaml.safe_dump(to_plain(probe(args.path)), sort_keys=False, default_flow_style=None))
   else:
     show(EventStore(args.path))
 
