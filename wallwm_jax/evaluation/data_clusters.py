@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from wallwm_jax.config import DataConfig, ModelConfig
-from wallwm_jax.data.balance import BalanceSettings, balance_metrics, balance_store
+from wallwm_jax.data.balance import Balance, BalanceSettings, balance_metrics, balance_store
 from wallwm_jax.data.labels import Labels, cluster_sizes, examples
 from wallwm_jax.data.packing import PackedPlan
 from wallwm_jax.data.sampler import EventPlan, cell_mass, count_latents, label_weights
@@ -53,7 +53,8 @@ def clusters(title: str, store: EventStore, labels: Labels | None, why: str) -> 
   if labels is None:
     return page.section(title, text, f'<p class="soft">{why}</p>')
   rows = _split(store)
-  settings, weights = _weights(store, labels, rows)
+  settings, balanced = _balanced(store, labels, rows)
+  weights = balanced.weights
   vl, act = labels.vl[rows], labels.act[rows]
   natural = np.full(len(rows), 1 / len(rows))
   sides = {'vision-language': vl}
@@ -64,7 +65,6 @@ def clusters(title: str, store: EventStore, labels: Labels | None, why: str) -> 
     for name, of in sides.items()
   }
   before = balance_metrics(vl, act, natural, settings)
-  after = balance_metrics(vl, act, weights, settings)
   return page.section(
     title,
     text,
@@ -72,7 +72,7 @@ def clusters(title: str, store: EventStore, labels: Labels | None, why: str) -> 
       data_plots.cluster_bars(shares),
       f'Grey: share of the {len(rows):,} training events. Blue: how often each is drawn.',
     ),
-    _balance_table(before, after, settings),
+    _balance_table(before, balanced.metrics, settings),
     *_pictures(store, labels, rows, weights),
     *_motions(store, labels),
   )
@@ -84,14 +84,14 @@ def _split(store: EventStore) -> np.ndarray:
   return train if len(train) else np.arange(len(store.events))
 
 
-def _weights(
+def _balanced(
   store: EventStore, labels: Labels, rows: np.ndarray
-) -> tuple[BalanceSettings, np.ndarray]:
+) -> tuple[BalanceSettings, Balance]:
   """The balance that training uses by default, or the closest compromise there is."""
   data = DataConfig()
   tau = 1 - data.balance
   settings = BalanceSettings(tau, tau, data.balance_cap, tolerance=1.0)
-  return settings, balance_store(store, labels, rows, settings).weights
+  return settings, balance_store(store, labels, rows, settings)
 
 
 def _shares(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -164,7 +164,6 @@ def _motions(store: EventStore, labels: Labels) -> list[str]:
     return ['<p class="soft">There are no action clusters: no episode has actions.</p>']
   sizes = cluster_sizes(labels)['act']
   nearest = examples(labels, 'act', CURVES)
-  # Events without actions have label -1 and are not among the examples.
   columns: dict[str, Sequence[data_plots.Trajectory]] = {}
   for cluster in range(min(MOTIONS, len(sizes))):
     group = [t for row in nearest[cluster].tolist() for t in _trajectory(store, row)]
@@ -203,8 +202,7 @@ def packing(title: str, store: EventStore, labels: Labels | None) -> str:
     weights, cells = label_weights(store.codes('label')[1][rows], DataConfig.balance)
     drawn = 'over labels'
   else:
-    settings, _ = _weights(store, labels, rows)
-    balanced = balance_store(store, labels, rows, settings)
+    _, balanced = _balanced(store, labels, rows)
     weights, cells = balanced.weights, balanced.cells
     drawn = 'over clusters'
   dense, mass = cell_mass(weights, cells)
