@@ -12,7 +12,7 @@ from wallwm_jax.models import language
 from wallwm_jax.parallel import rules
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import stages
-from wallwm_jax.training.state import abstract_state, build_optimizer, init_params, init_state
+from wallwm_jax.training.state import abstract_state, build_optimizer, init_params
 from wallwm_jax.training.step import make_train_step
 from wallwm_jax.types import ConfigError, path_string
 
@@ -54,15 +54,16 @@ def test_a_model_without_language_has_no_such_stage(tiny, stage):
 
 
 class Run:
-  """Some steps of a stage on one fake batch."""
+  """Some steps of a stage on one fake batch, from `start` (on the host) or a fresh state."""
 
-  def __init__(self, config, frozen, mesh=None):
+  def __init__(self, tiny, config, frozen, mesh=None, start=None):
     self.config, mesh = config, mesh or MeshConfig()
     self.config = dataclasses.replace(config, mesh=mesh)
     self.mesh = make_mesh(mesh)
     optimizer = build_optimizer(self.config, self.mesh)
     self.abstract = abstract_state(self.config, optimizer, self.mesh)
-    self.state = init_state(self.config, optimizer, self.abstract)
+    self.start = start or jax.device_get(tiny.make_state(self.config, optimizer, self.abstract))
+    self.state = jax.device_put(self.start, jax.tree.map(lambda x: x.sharding, self.abstract))
     self.step = make_train_step(self.config, self.mesh, optimizer, self.abstract)
     self.frozen = jax.tree.map(jnp.asarray, frozen)
     self.batch = self.config.fake_batch()
@@ -75,13 +76,19 @@ class Run:
     return history
 
 
-@pytest.mark.parametrize('stage', LANGUAGE)
-def test_a_stage_learns_and_leaves_the_rest_bit_for_bit(tiny, stage):
-  config = tiny.language(stage, train={'steps': 12}, optim={'lr': 1e-2, 'warmup_steps': 1})
-  run = Run(config, tiny.frozen_language(config))
-  before = jax.device_get(run.state.params)
-  history = run.train(12)
-  after = jax.device_get(run.state.params)
+@pytest.fixture(scope='module', params=LANGUAGE)
+def learned(request, tiny):
+  """(a run of twelve steps on one device, its history)."""
+  config = tiny.language(
+    request.param, train={'steps': 12}, optim={'lr': 1e-2, 'warmup_steps': 1})
+  run = Run(tiny, config, tiny.frozen_language(config))
+  return run, run.train(12)
+
+
+def test_a_stage_learns_and_leaves_the_rest_bit_for_bit(learned):
+  run, history = learned
+  stage = run.config.train.stage
+  before, after = run.start.params, jax.device_get(run.state.params)
   trained = set(stages.STAGES[stage].trainable)
   for name in before:
     changed = [not np.array_equal(a, b) for a, b in
@@ -94,12 +101,22 @@ def test_a_stage_learns_and_leaves_the_rest_bit_for_bit(tiny, stage):
   assert set(run.state.ema) == trained
 
 
+@pytest.mark.slow
+def test_the_mesh_does_not_change_the_loss(tiny, learned):
+  run, single = learned
+  mesh = MeshConfig(fsdp=2, context=2, tensor=2)
+  spread = Run(tiny, run.config, run.frozen, mesh, run.start).train(2)
+  for a, b in zip(single[:2], spread, strict=True):
+    assert b['loss'] == pytest.approx(a['loss'], rel=2e-5)
+    assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
+
+
 @pytest.mark.parametrize('stage', ('3', '4'))
 def test_padding_of_an_answer_and_a_trace_counts_for_nothing(tiny, stage):
   config = tiny.language(stage)
   frozen, params = tiny.frozen_language(config), init_params(config, jax.random.key(0))
   frozen = jax.tree.map(jnp.asarray, frozen)
-  loss = jax.jit(lambda batch: stages.stage_loss(
+  loss = jax.jit(lambda params, batch, frozen: stages.stage_loss(
     params, batch, frozen, jax.random.key(0), config=config)[0])
   batch = config.fake_batch()
   name = 'answer' if stage == '3' else 'trace'
@@ -108,7 +125,8 @@ def test_padding_of_an_answer_and_a_trace_counts_for_nothing(tiny, stage):
   losses = []
   for fill in (0, 200):
     ids = np.where(mask, tokens.ids, fill).astype(np.int32)
-    losses.append(float(loss(dataclasses.replace(batch, **{name: type(tokens)(ids, mask)}))))
+    filled = dataclasses.replace(batch, **{name: type(tokens)(ids, mask)})
+    losses.append(float(loss(params, filled, frozen)))
   assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -118,7 +136,9 @@ def test_actions_are_continuous_in_the_reasoning(tiny):
   train = {'unfreeze': ('staircase', 'heads')}
   config = tiny.language('2', train=train, data={'text': 'staircase'})
   frozen, params = tiny.frozen_language(config), init_params(config, jax.random.key(0))
-  params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), params)
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params)
   batch, key = config.fake_batch(), jax.random.key(0)
   trainable, resting = stages.split_trainable(params, config)
   assert set(trainable) == {'action', 'staircase', 'heads'}
@@ -147,17 +167,15 @@ def test_the_state_is_told_in_digits(tiny):
   assert (told[:, 1] == [5, 0]).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('stage', LANGUAGE)
-def test_the_mesh_does_not_change_the_loss(tiny, stage):
-  config = tiny.language(stage)
-  frozen = tiny.frozen_language(config)
-  single = Run(config, frozen).train(2)
-  for mesh in (MeshConfig(fsdp=8), MeshConfig(fsdp=2, context=2, tensor=2)):
-    spread = Run(config, frozen, mesh).train(2)
-    for a, b in zip(single, spread, strict=True):
-      assert b['loss'] == pytest.approx(a['loss'], rel=2e-5)
-      assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
+def test_every_part_is_divided_among_eight(tiny, stage):
+  config = dataclasses.replace(tiny.language(stage), mesh=MeshConfig(fsdp=8))
+  mesh = make_mesh(config.mesh)
+  state = abstract_state(config, build_optimizer(config, mesh), mesh)
+  for name in stages.parts(config):
+    shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state.params[name])]
+    sizes = [x.size for x in jax.tree.leaves(state.params[name])]
+    assert any(8 * np.prod(shard) == size for shard, size in zip(shards, sizes)), name
 
 
 def test_every_rule_of_the_language_side_places_something(tiny):

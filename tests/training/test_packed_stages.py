@@ -15,7 +15,7 @@ from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import Draw
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import stages
-from wallwm_jax.training.state import abstract_state, build_optimizer, init_params, init_state
+from wallwm_jax.training.state import abstract_state, build_optimizer, init_params
 from wallwm_jax.training.step import make_train_step
 from wallwm_jax.types import ConfigError, Text
 
@@ -71,12 +71,15 @@ def params(config):
 
 def test_clips_of_packed_rows_are_those_of_their_events(tiny, config, windows, packed):
   frozen = jax.tree.map(jnp.asarray, tiny.frozen(config))
-  clip = stages.encode_clip(packed, frozen, config)
+  single = dataclasses.replace(config, data=dataclasses.replace(config.data, pack=0))
+  packed_clip, alone_clip = (
+    jax.jit(lambda batch, c=c: stages.encode_clip(batch, frozen, c)) for c in (config, single)
+  )
+  clip = packed_clip(packed)
   for b, row in enumerate(windows):
     for g, window in enumerate(row, 1):
       own = np.asarray(packed.segment[b] == g)
-      alone = stages.encode_clip(stacked([window]), frozen, dataclasses.replace(
-        config, data=dataclasses.replace(config.data, pack=0)))
+      alone = alone_clip(stacked([window]))
       np.testing.assert_allclose(clip.latents[b][:, own], alone.latents[0], atol=1e-6)
       np.testing.assert_array_equal(clip.supervised[b][:, own], alone.supervised[0])
       np.testing.assert_array_equal(clip.known[b][own], alone.known)
@@ -96,16 +99,15 @@ def test_the_loss_is_the_mean_over_the_events_of_a_row(
       stages.schedules, name, lambda key, shape, *_: jnp.broadcast_to(level, shape))
   frozen = jax.tree.map(jnp.asarray, tiny.frozen(config))
 
-  def run(batch, pack):
+  def loss(pack):
     new = tiny.override(
       config, data={'pack': pack}, diffusion={
         'mapping': mapping, 'caption_drop': (0.0, 0.0, 1, 2), 'action_draws': 1, 'dct_weight': 0.0})
-    loss = jax.jit(lambda batch: stages.stage_loss(
+    return jax.jit(lambda batch: stages.stage_loss(
       params, batch, frozen, jax.random.key(0), config=new)[1])
-    return loss(batch)
 
-  got = run(packed, BUDGET)
-  alone = [run(stacked([window]), 0) for row in windows for window in row]
+  got, single = loss(BUDGET)(packed), loss(0)
+  alone = [single(stacked([window])) for row in windows for window in row]
   futures = np.array([n for row in ROWS for n in row], np.float64)
   for name in ('loss_video', 'loss_action'):
     want = np.average([float(parts[name]) for parts in alone], weights=futures)
@@ -155,32 +157,35 @@ def test_the_reasoning_of_every_event_starts_from_its_own_anchor(tiny):
   names = ('state', 'view_mask', 'prompt')
   told = {name: jax.tree.map(events, getattr(alone, name)) for name in names}
   row = dataclasses.replace(row, frames=frames, **told)
-  params = init_params(config, jax.random.key(0))
   frozen = jax.tree.map(jnp.asarray, tiny.frozen_language(config))
-  want = stages.language.latent_text(params, alone, frozen, config)
-  got = stages.language.latent_text(params, row, frozen, new)
+
+  params, read = init_params(config, jax.random.key(0)), stages.language.latent_text
+  want, got = jax.jit(
+    lambda params, frozen: (read(params, alone, frozen, config), read(params, row, frozen, new))
+  )(params, frozen)
   np.testing.assert_allclose(got.features[0, :3], want.features, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_the_mesh_does_not_change_a_packed_step(tiny, config):
-  def train(mesh):
+  def train(mesh, start=None):
     new = tiny.override(config, data={'batch_size': 8})
     new = dataclasses.replace(new, mesh=mesh)
     devices = make_mesh(mesh)
     optimizer = build_optimizer(new, devices)
     abstract = abstract_state(new, optimizer, devices)
-    state = init_state(new, optimizer, abstract)
+    start = jax.device_get(start or tiny.make_state(new, optimizer, abstract))
+    state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     step = make_train_step(new, devices, optimizer, abstract)
     frozen = jax.tree.map(jnp.asarray, tiny.frozen(new))
     losses = []
     for seed in range(2):
       state, metrics = step(state, new.fake_batch(seed=seed), frozen)
       losses.append(float(metrics['loss']))
-    return losses
+    return start, losses
 
-  single = train(MeshConfig())
-  assert train(MeshConfig(fsdp=2, context=2, tensor=2)) == pytest.approx(single, rel=2e-5)
+  start, single = train(MeshConfig())
+  assert train(MeshConfig(fsdp=2, context=2, tensor=2), start)[1] == pytest.approx(single, rel=2e-5)
 
 
 def test_codecs_that_need_whole_events_are_refused(tiny, config, packed):
