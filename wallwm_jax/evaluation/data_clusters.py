@@ -72,7 +72,7 @@ def clusters(title: str, store: EventStore, labels: Labels | None, why: str) -> 
       data_plots.cluster_bars(shares),
       f'Grey: share of the {len(rows):,} training events. Blue: how often each is drawn.',
     ),
-    _balance_table(before, balanced.metrics, settings),
+    _balance_table(before, balanced.metrics, settings, act),
     *_pictures(store, labels, rows, weights),
     *_motions(store, labels),
   )
@@ -101,9 +101,14 @@ def _shares(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
   return total / total.sum()
 
 
-def _balance_table(before: Mapping, after: Mapping, settings: BalanceSettings) -> str:
+def _balance_table(
+  before: Mapping, after: Mapping, settings: BalanceSettings, act: np.ndarray
+) -> str:
+  names = {'vl': 'vision-language'}
+  if (act >= 0).any():
+    names['act'] = 'action' if (act >= 0).all() else 'action (none at all as one more)'
   rows = []
-  for side, name in (('vl', 'vision-language'), ('act', 'action')):
+  for side, name in names.items():
     a, b = before[side], after[side]
     rows.append(
       (
