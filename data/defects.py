@@ -87,11 +87,15 @@ def usual_steps(steps: np.ndarray) -> np.ndarray:
 
   The largest of those two before and after it and of the smaller of its neighbours: a motion takes
   more than two frames, whereas a jump takes one step and a stray record two. A recording may begin
-  and end in the middle of a motion: the first and the last step have one neighbour only.
+  and end in the middle of a motion, of which the first two and the last two steps show less: what
+  follows may be the end of a minimum-jerk stroke, whose last step is a seventh of the one before.
   """
   near = np.pad(steps, 1, constant_values=np.inf)
+  beside = np.minimum(near[:-2], near[2:])
+  beside[:2] *= 2
+  beside[-2:] *= 2
   far = np.pad(steps, 2)
-  return np.maximum(np.minimum(near[:-2], near[2:]), np.maximum(far[:-4], far[4:]))
+  return np.maximum(beside, np.maximum(far[:-4], far[4:]))
 
 
 def toggle_rate(grip: np.ndarray, fps: float) -> tuple[int, int]:

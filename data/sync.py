@@ -349,7 +349,8 @@ def align(
   """
   if record.state is None and record.actions is None:
     return _noted(record, {'verdict': 'no robot stream'})
-  if rig_lag is None and record.num_frames < settings.min_frames:
+  robot = record.actions if record.state is None else record.state
+  if rig_lag is None and len(robot) < settings.min_frames:
     verdict = f'not judged: no episode of its rig has {settings.min_frames} frames'
     return _noted(record, {'verdict': verdict})
   if rig_lag is None or rig_lag.rig != (record.source, record.rig):

@@ -213,11 +213,15 @@ def test_jumps_beyond_the_speed_limit_and_beyond_the_motion_around_them(severity
 
 
 def test_a_motion_may_be_under_way_at_either_end():
-  ending = np.array([0.033, 0.0186, 0.0038, 0.0003, 0.007])
-  for steps in (ending, ending[::-1]):
-    assert (steps <= LIMITS.jump_ratio * defects.usual_steps(steps) + LIMITS.jump_floor / 2).all()
+  s = np.arange(11) / 10
+  stroke = np.pad(np.diff(s**3 * (10 - 15 * s + 6 * s**2)), (0, 4))  # minimum jerk, then rest
+  for start in range(10):
+    for steps in (stroke[start:], stroke[start:][::-1]):
+      assert (steps <= LIMITS.jump_ratio * defects.usual_steps(steps) + 0.01).all()
   lone = np.array([0.2, 0.002, 0.001, 0.001, 0.2])
   assert (defects.usual_steps(lone)[[0, -1]] < 0.01).all()
+  stray = np.array([0.2, 0.2, 0.002, 0.001, 0.2, 0.2])
+  assert (defects.usual_steps(stray)[[1, -2]] < 0.01).all()
 
 
 def test_a_sudden_turn_is_a_jump():
