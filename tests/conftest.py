@@ -31,6 +31,30 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 @pytest.fixture(scope='session')
+def make_state():
+  """`training.state.init_state` op by op: the same numbers, but a program of all random draws of a
+  tiny model takes ten seconds to compile.
+  """
+  from wallwm_jax.training.state import _create
+
+  def make(config, optimizer, abstract, start=None):
+    fresh = jax.device_get(_create(config, optimizer, start))
+    return jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def plain_states(make_state):
+  """Runs of this module start from `make_state`."""
+  from wallwm_jax.training import loop
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'init_state', make_state)
+    yield
+
+
+@pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
   """Real robot data beside the checkout; tests that need it are skipped by name when it is
   absent.
