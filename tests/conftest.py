@@ -11,12 +11,13 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # all wait until XLA ends the process.
 os.environ.setdefault('NPROC', '32')
 # Tests compile far more than they compute: without optimisation a tiny model compiles in a sixth of
-# the time.
+# the time, and a program that is not cut up for many threads in a tenth less.
 os.environ['XLA_FLAGS'] = ' '.join(
   (
     os.environ.get('XLA_FLAGS', ''),
     '--xla_backend_optimization_level=0',
     '--xla_cpu_use_fusion_emitters=false',
+    '--xla_cpu_parallel_codegen_split_count=1',
   )
 )
 
@@ -28,6 +29,30 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(scope='session')
+def make_state():
+  """`training.state.init_state` op by op: the same numbers, but a program of all random draws of a
+  tiny model takes ten seconds to compile.
+  """
+  from wallwm_jax.training.state import _create
+
+  def make(config, optimizer, abstract, start=None):
+    fresh = jax.device_get(_create(config, optimizer, start))
+    return jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def plain_states(make_state):
+  """Runs of this module start from `make_state`."""
+  from wallwm_jax.training import loop
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'init_state', make_state)
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -74,12 +74,12 @@ def test_padding_never_reaches_valid_actions(cfg, params, make_inputs):
   obs, text = make_inputs()
   noise = denoiser.sample_noise(KEY, cfg, 2, Window.event(cfg, 3))
 
-  def valid_sum(noise):
+  def valid_sum(noise, params, obs, text):
     out = predict_event(params, obs, text, KEY, cfg=cfg, bucket=3, length=jnp.array([2, 2]),
                         noise=noise)
     return jnp.sum(jnp.sin(out.chunk.actions[:, :8])) + jnp.sum(jnp.sin(out.latents[:, :, :3]))
 
-  grad = jax.jit(jax.grad(valid_sum))(noise)
+  grad = jax.jit(jax.grad(valid_sum))(noise, params, obs, text)
   assert np.all(grad.video[:, :, 3:] == 0) and np.all(grad.action[:, 8:] == 0)
   assert np.all(np.abs(grad.video[:, :, 1:3]).max((0, 1, 3, 4, 5)) > 1e-6)
   assert np.all(np.abs(grad.action[:, :8]).max((0, 2)) > 1e-6)
@@ -113,12 +113,18 @@ def uncached_actions(params, cond, z, noise, cfg, window):
 def test_cached_equals_uncached(cfg, params, make_inputs):
   obs, text = make_inputs()
   window = Window.event(cfg, 2)
-  cond = denoiser.encode_observation(params, obs, text, jnp.array([1, 2]), cfg=cfg, window=window)
   noise = denoiser.sample_noise(KEY, cfg, 2, window)
-  z = denoiser.denoise_to_anchor(params, cond, noise.video, cfg=cfg)
-  cache, _ = denoiser.anchor_cache(params, cond, z, cfg=cfg, window=window)
-  cached = denoiser.denoise_actions(params, cond, cache, noise.action, cfg=cfg)
-  reference = uncached_actions(params, cond, z, noise.action, cfg, window)
+
+  @jax.jit
+  def both(params, obs, text, noise):
+    cond = denoiser.encode_observation(
+      params, obs, text, jnp.array([1, 2]), cfg=cfg, window=window)
+    z = denoiser.denoise_to_anchor(params, cond, noise.video, cfg=cfg)
+    cache, _ = denoiser.anchor_cache(params, cond, z, cfg=cfg, window=window)
+    cached = denoiser.denoise_actions(params, cond, cache, noise.action, cfg=cfg)
+    return cached, uncached_actions(params, cond, z, noise.action, cfg, window)
+
+  cached, reference = both(params, obs, text, noise)
   np.testing.assert_allclose(cached, reference, atol=1e-5)
   assert np.abs(cached - noise.action).max() > 1e-2
 
@@ -139,11 +145,13 @@ def test_guidance_zero_forgets_the_text_on_the_way_to_the_anchor(cfg, params, ma
   window = Window.event(cfg, 2)
   noise = denoiser.sample_noise(KEY, cfg, 2, window).video
 
-  def to_anchor(text, guidance):
+  @functools.partial(jax.jit, static_argnums=2)
+  def at_anchor(params, text, guidance):
     guided = replace_inference(cfg, guidance=guidance)
     cond = denoiser.encode_observation(params, obs, text, cfg=guided, window=window)
     return denoiser.denoise_to_anchor(params, cond, noise, cfg=guided)
 
+  to_anchor = functools.partial(at_anchor, params)
   dropped = dataclasses.replace(text, mask=jnp.zeros_like(text.mask))
   plain, unguided, without = to_anchor(text, 1.0), to_anchor(text, 0.0), to_anchor(dropped, 1.0)
   np.testing.assert_allclose(unguided, without, atol=1e-5)

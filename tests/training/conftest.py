@@ -11,7 +11,6 @@ from wallwm_jax import config as c
 from wallwm_jax.data.schema import Calibration, EpisodeRecord, EventSpan
 from wallwm_jax.data.store import EpisodeStoreWriter
 from wallwm_jax.models import language
-from wallwm_jax.training.state import _create
 from wallwm_jax.types import Frozen, Language, NormStats, Prompt, PromptLayout
 
 VIEWS = ('front', 'side')
@@ -115,12 +114,6 @@ def frozen_language(config) -> Frozen:
   return Frozen(unit_norm(config), language=told)
 
 
-def make_state(config, optimizer, abstract, start=None):
-  """`init_state` op by op: one program of all its random draws compiles for ten seconds."""
-  fresh = jax.device_get(_create(config, optimizer, start))
-  return jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-
-
 def override(config, **sections):
   """`config` with fields of some sections replaced."""
   new = {
@@ -186,13 +179,12 @@ def store(tmp_path_factory) -> str:
 @pytest.fixture(scope='session')
 def tiny():
   """This module's helpers, for tests: tiny.config, tiny.override, tiny.norm, tiny.frozen,
-  tiny.make_state, tiny.write_store.
+  tiny.write_store.
   """
   class Tiny:
     config = staticmethod(tiny_config)
     language = staticmethod(tiny_language)
     frozen_language = staticmethod(frozen_language)
-    make_state = staticmethod(make_state)
     override = staticmethod(override)
     norm = staticmethod(unit_norm)
     frozen = staticmethod(frozen)

@@ -56,13 +56,13 @@ def test_a_model_without_language_has_no_such_stage(tiny, stage):
 class Run:
   """Some steps of a stage on one fake batch, from `start` (on the host) or a fresh state."""
 
-  def __init__(self, tiny, config, frozen, mesh=None, start=None):
+  def __init__(self, make_state, config, frozen, mesh=None, start=None):
     self.config, mesh = config, mesh or MeshConfig()
     self.config = dataclasses.replace(config, mesh=mesh)
     self.mesh = make_mesh(mesh)
     optimizer = build_optimizer(self.config, self.mesh)
     self.abstract = abstract_state(self.config, optimizer, self.mesh)
-    self.start = start or jax.device_get(tiny.make_state(self.config, optimizer, self.abstract))
+    self.start = start or jax.device_get(make_state(self.config, optimizer, self.abstract))
     self.state = jax.device_put(self.start, jax.tree.map(lambda x: x.sharding, self.abstract))
     self.step = make_train_step(self.config, self.mesh, optimizer, self.abstract)
     self.frozen = jax.tree.map(jnp.asarray, frozen)
@@ -77,11 +77,11 @@ class Run:
 
 
 @pytest.fixture(scope='module', params=LANGUAGE)
-def learned(request, tiny):
+def learned(request, tiny, make_state):
   """(a run of twelve steps on one device, its history)."""
   config = tiny.language(
     request.param, train={'steps': 12}, optim={'lr': 1e-2, 'warmup_steps': 1})
-  run = Run(tiny, config, tiny.frozen_language(config))
+  run = Run(make_state, config, tiny.frozen_language(config))
   return run, run.train(12)
 
 
@@ -102,10 +102,10 @@ def test_a_stage_learns_and_leaves_the_rest_bit_for_bit(learned):
 
 
 @pytest.mark.slow
-def test_the_mesh_does_not_change_the_loss(tiny, learned):
+def test_the_mesh_does_not_change_the_loss(make_state, learned):
   run, single = learned
   mesh = MeshConfig(fsdp=2, context=2, tensor=2)
-  spread = Run(tiny, run.config, run.frozen, mesh, run.start).train(2)
+  spread = Run(make_state, run.config, run.frozen, mesh, run.start).train(2)
   for a, b in zip(single[:2], spread, strict=True):
     assert b['loss'] == pytest.approx(a['loss'], rel=2e-5)
     assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)

@@ -1,6 +1,7 @@
 """A packed row is trained on as its events are one by one, and its step runs on every mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -103,11 +104,11 @@ def test_the_loss_is_the_mean_over_the_events_of_a_row(
     new = tiny.override(
       config, data={'pack': pack}, diffusion={
         'mapping': mapping, 'caption_drop': (0.0, 0.0, 1, 2), 'action_draws': 1, 'dct_weight': 0.0})
-    return jax.jit(lambda batch: stages.stage_loss(
+    return jax.jit(lambda params, batch: stages.stage_loss(
       params, batch, frozen, jax.random.key(0), config=new)[1])
 
-  got, single = loss(BUDGET)(packed), loss(0)
-  alone = [single(stacked([window])) for row in windows for window in row]
+  got, single = loss(BUDGET)(params, packed), loss(0)
+  alone = [single(params, stacked([window])) for row in windows for window in row]
   futures = np.array([n for row in ROWS for n in row], np.float64)
   for name in ('loss_video', 'loss_action'):
     want = np.average([float(parts[name]) for parts in alone], weights=futures)
@@ -130,8 +131,8 @@ def test_padding_and_absent_events_count_for_nothing(tiny, config, params, packe
   config = tiny.override(config, train={'stage': stage}, diffusion={
     'tube_prob': 0.5, 'tube_size': (1, 1), 'sight_cone': True, 'caption_drop': (0.5, 0.9, 4, 9)})
   frozen = jax.tree.map(jnp.asarray, tiny.frozen(config))
-  loss = jax.jit(lambda batch: stages.stage_loss(
-    params, batch, frozen, jax.random.key(1), config=config)[0])
+  loss = functools.partial(jax.jit(lambda params, batch: stages.stage_loss(
+    params, batch, frozen, jax.random.key(1), config=config)[0]), params)
   frame, step = packed.frame_segment > 0, packed.step_segment > 0
   rotten = dataclasses.replace(
     packed,
@@ -167,14 +168,15 @@ def test_the_reasoning_of_every_event_starts_from_its_own_anchor(tiny):
 
 
 @pytest.mark.slow
-def test_the_mesh_does_not_change_a_packed_step(tiny, config):
+def test_the_mesh_does_not_change_a_packed_step(tiny, config, make_state):
   def train(mesh, start=None):
-    new = tiny.override(config, data={'batch_size': 8})
+    # Muon on a mesh is for test_meshes; without it the step compiles in half of the time.
+    new = tiny.override(config, data={'batch_size': 8}, optim={'optimizer': 'adamw'})
     new = dataclasses.replace(new, mesh=mesh)
     devices = make_mesh(mesh)
     optimizer = build_optimizer(new, devices)
     abstract = abstract_state(new, optimizer, devices)
-    start = jax.device_get(start or tiny.make_state(new, optimizer, abstract))
+    start = jax.device_get(start or make_state(new, optimizer, abstract))
     state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     step = make_train_step(new, devices, optimizer, abstract)
     frozen = jax.tree.map(jnp.asarray, tiny.frozen(new))
