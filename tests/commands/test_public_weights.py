@@ -85,6 +85,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('plain_states')
 def test_latents_training_and_video_from_public_files(root, store, capsys, monkeypatch):
   experiment = root / 'experiment.py'
   run('data', 'encode', store.path, '--config', experiment, '--out', root / 'latents',

@@ -189,6 +189,7 @@ def test_sources_that_do_not_go_together_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('plain_states')
 def test_a_trained_run_imagines_a_stored_event(experiment, store, tmp_path, capsys):
   workdir, out = tmp_path / 'run', tmp_path / 'film.mp4'
   argv = ['train', '--config', experiment, '--workdir', workdir, '--quiet']

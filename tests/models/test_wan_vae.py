@@ -144,17 +144,17 @@ def tiny(residual: bool, **changes) -> WanVAE:
 
 @pytest.mark.parametrize('residual', [False, True])
 def test_pieces_do_not_change_the_result(residual):
-  """Six latent frames at once, one by one (as the reference), and by sizes that divide the five
+  """Four latent frames at once, one by one (as the reference), and by sizes that divide the three
   after the first or do not.
   """
   rng, s = np.random.default_rng(0), 8 if residual else 4
-  x = rng.uniform(-1, 1, (2, 21, 2 * s, 3 * s, 3)).astype(np.float32)
-  z = rng.normal(size=(2, 6, 2, 3, 3)).astype(np.float32)
+  x = rng.uniform(-1, 1, (2, 13, 2 * s, 3 * s, 3)).astype(np.float32)
+  z = rng.normal(size=(2, 4, 2, 3, 3)).astype(np.float32)
   results = {}
-  for chunk in (6, 1, 4, 5):
+  for chunk in (4, 1, 2, 3):
     model = tiny(residual, chunk=chunk)
     results[chunk] = jax.jit(model.encode)(x), jax.jit(model.decode)(z)
-  whole = results.pop(6)
+  whole = results.pop(4)
   for chunk, pieces in results.items():
     for got, want in zip(pieces, whole):
       np.testing.assert_allclose(got, want, rtol=0, atol=1e-5, err_msg=f'chunk={chunk}')
@@ -359,11 +359,16 @@ def test_frames_and_latents_go_through_the_codec_view_by_view(tile):
   frames = np.random.default_rng(0).integers(0, 256, (1, 2, 5, 48, 64, 3), np.uint8)
   latents = jax.jit(functools.partial(functional.encode_video, model))(frames, params)
   pixels = jax.jit(functools.partial(functional.decode_video, model))(latents, params)
+  encode, decode = (
+    (functools.partial(vae.tiled_encode, tile=32, overlap=8),
+     functools.partial(vae.tiled_decode, tile=32, overlap=8)) if tile else (vae.encode, vae.decode)
+  )
+  encode, decode = jax.jit(encode), jax.jit(decode)
   for v in range(2):
     x = frames[:, v].astype(np.float32) / 127.5 - 1
-    z = vae.tiled_encode(x, 32, 8) if tile else vae.encode(x)
+    z = encode(x)
     np.testing.assert_allclose(latents[:, v], z, atol=1e-5)
-    shown = vae.tiled_decode(z, 32, 8) if tile else vae.decode(z)
+    shown = decode(z)
     np.testing.assert_allclose(pixels[:, v], 0.5 * shown + 0.5, atol=1e-5)
 
 

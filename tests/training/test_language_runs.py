@@ -20,6 +20,7 @@ from wallwm_jax.training import loop, pretrained
 from wallwm_jax.training.checkpoints import load_inference
 from wallwm_jax.types import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.usefixtures('plain_states')
 SIZES = {'prompt_tokens': 128, 'answer_tokens': 32, 'trace_tokens': 160}
 
 
@@ -32,7 +33,7 @@ def staged(tiny, stage, store, folder, window='event', source='', **sections):
 
 
 @pytest.fixture(scope='module')
-def made(tiny, store, tmp_path_factory):
+def made(tiny, store, tmp_path_factory, plain_states):
   """(weights folder, workdir) of stage 'vlm'."""
   folder, workdir = tmp_path_factory.mktemp('weights'), tmp_path_factory.mktemp('vlm')
   tiny_vlm.make(staged(tiny, 'vlm', store, folder), workdir, progress=False)
