@@ -1,0 +1,1 @@
+"""A policy behind a websocket: the wire, the sessions and the server."""
