@@ -63,6 +63,7 @@ def test_every_promised_command_exists():
     'eval video',
     'rollout',
     'export',
+    'serve',
     'bench',
   }
 

@@ -17,11 +17,12 @@ from wallwm_jax.commands import (
   export,
   quickstart,
   rollout,
+  serve,
   tiny_vlm,
   train,
 )
 
-VERBS = (quickstart, data, convert, tiny_vlm, train, evaluate, rollout, export, bench)
+VERBS = (quickstart, data, convert, tiny_vlm, train, evaluate, rollout, export, serve, bench)
 TAKES_OVERRIDES = 'overrides'  # set by verbs that accept --config.section.field=value
 
 
