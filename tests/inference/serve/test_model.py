@@ -1,0 +1,143 @@
+"""A served model: its answers are those of the model, whoever else asks; sessions; bad requests."""
+
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+
+from wallwm_jax.geometry.poses import apply_relative
+from wallwm_jax.inference.event import predict_event
+from wallwm_jax.inference.serve.model import ModelPolicy
+from wallwm_jax.types import ConfigError, DataError, Observation, Text
+
+STATE = np.float32([0.1, 0.2, 0.3, 1, 0, 0, 0, 1, 0, 1])
+
+
+def encode(texts):
+  """Features that depend on the text alone."""
+  seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
+  features = [np.random.default_rng(seed).standard_normal((4, 8)) for seed in seeds]
+  return Text(np.stack(features).astype(np.float32), np.ones((len(texts), 4), bool))
+
+
+def resize(frames, size):
+  """Repeats or drops pixels: enough to see that it was asked."""
+  rows, columns = (np.arange(n) * m // n for n, m in zip(size, frames.shape[1:3]))
+  return frames[:, rows][:, :, columns]
+
+
+def request(seed=0, size=(16, 16), **changes):
+  rng = np.random.default_rng(seed)
+  pictures = {
+    f'observation/{view}': rng.integers(0, 256, (*size, 3), np.uint8) for view in ('front', 'wrist')
+  }
+  return {'observation/state': STATE + seed, 'event': 'lift the cube'} | pictures | changes
+
+
+@pytest.fixture(scope='module')
+def event(cfg, params):
+  return ModelPolicy(cfg, params, encode, resize, mode='event', bucket=2, max_batch=4)
+
+
+@pytest.fixture(scope='module')
+def chunk(cfg, params):
+  return ModelPolicy(cfg, params, encode, resize, mode='chunk', max_batch=4)
+
+
+def ask(policy, *requests, memory=None):
+  return policy.infer([policy.check(r, memory or policy.start()) for r in requests])
+
+
+def test_answers_are_the_models(event, cfg, params):
+  asked = request(3)
+  (reply,) = ask(event, asked)
+  frames = np.stack([asked[f'observation/{view}'] for view in cfg.model.views])
+  obs = Observation(frames[None, :, None], asked['observation/state'][None], np.ones((1, 2), bool))
+  key = jax.random.fold_in(jax.random.key(0), 1)
+  chunk = predict_event(params, obs, encode(['lift the cube']), key, cfg=cfg, bucket=2).chunk
+  want = apply_relative(np.asarray(asked['observation/state']), np.asarray(chunk.actions[0]))
+  np.testing.assert_allclose(reply['actions'], want, rtol=2e-4, atol=2e-4)
+  promised = (event.metadata['steps'], event.metadata['action_dim'])
+  assert reply['actions'].shape == promised == (8, 10)
+  assert reply['event_text'] == 'lift the cube'
+
+
+def test_an_answer_does_not_depend_on_who_else_asks(event):
+  (alone,) = ask(event, request(1))
+  together = ask(event, request(0), request(1, size=(32, 32))), ask(event, request(2), request(1))
+  np.testing.assert_allclose(together[1][1]['actions'], alone['actions'], rtol=2e-4, atol=2e-4)
+  three = ask(event, request(0), request(1), request(2, event='push it'))
+  np.testing.assert_allclose(three[1]['actions'], alone['actions'], rtol=2e-4, atol=2e-4)
+  assert not np.allclose(three[0]['actions'], alone['actions'], atol=1e-2)
+
+
+def test_the_text_is_kept_until_another_one_comes(event):
+  memory = event.start()
+  event.check(request(), memory)
+  silent = request()
+  del silent['event']
+  assert event.check(silent, memory).text == 'lift the cube'
+  assert event.check(request(event='push it'), memory).text == 'push it'
+  assert event.check(silent, memory).text == 'push it'
+  assert event.check(silent | {'prompt': 'tidy up'}, memory).text == 'tidy up'
+  with pytest.raises(DataError, match='event: expected a text at least with the first'):
+    event.check(silent | {'reset': True}, memory)
+  assert event.check(request(), event.start()).turn == 1
+
+
+def test_unified_mode_looks_back_on_what_the_session_saw(chunk):
+  """M = 1 history latent = 4 frames before the current one."""
+  memory, pictures = chunk.start(), np.arange(12, dtype=np.uint8)
+
+  def seen(*levels, **changes):
+    film = np.broadcast_to(pictures[list(levels), None, None, None], (len(levels), 16, 16, 3))
+    views = {f'observation/{view}': film for view in ('front', 'wrist')}
+    return chunk.check(request(**views, **changes), memory).frames[:, :, 0, 0, 0].tolist()
+
+  assert seen(1) == [[1, 1, 1, 1, 1]] * 2
+  assert seen(2, 3) == [[1, 1, 1, 2, 3]] * 2
+  assert seen(4, 5, 6, 7) == [[3, 4, 5, 6, 7]] * 2
+  assert seen(8, 9, 10, 11, 1, 2) == [[9, 10, 11, 1, 2]] * 2
+  assert seen(5, reset=True) == [[5, 5, 5, 5, 5]] * 2
+  (reply,) = ask(chunk, request())
+  assert np.isfinite(reply['actions']).all() and reply['actions'].shape == (8, 10)
+
+
+BAD = {
+  'missing camera': ({'observation/wrist': None}, r'observation/wrist: missing'),
+  'float picture': ({'observation/front': np.zeros((16, 16, 3), np.float32)}, r'got float32 \[16'),
+  'channels first': ({'observation/front': np.zeros((3, 16, 16), np.uint8)}, r'got uint8 \[3, 16'),
+  'empty picture': ({'observation/front': np.zeros((0, 16, 3), np.uint8)}, r'got uint8 \[0, 16'),
+  'other lengths': (
+    {'observation/front': np.zeros((5, 16, 16, 3), np.uint8)},
+    "as many pictures of every camera, got {'front': 5, 'wrist': 1}",
+  ),
+  'no state': ({'observation/state': None}, r'observation/state: missing. Expected numbers \[10\]'),
+  'another robot': ({'observation/state': np.zeros(7)}, r'numbers \[10\], got float64 \[7\]'),
+  'state of texts': ({'observation/state': np.array(['a'] * 10)}, r'got <U1'),
+  'NaN': ({'observation/state': np.where(np.arange(10) == 4, np.nan, STATE)}, r'values at \[4\]'),
+  'unknown field': ({'observation/wirst': STATE}, "Did you mean 'observation/wrist'"),
+  'long text': ({'event': 'x' * 2001}, 'event: expected a text of 1..2000 characters, got 2001'),
+  'no text': ({'event': 7}, 'got int'),
+  'reset': ({'reset': 1}, 'reset: expected true or false'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_fields_are_named(chunk, name):
+  changes, message = BAD[name]
+  asked = {k: v for k, v in (request() | changes).items() if v is not None}
+  memory = chunk.start()
+  with pytest.raises(DataError, match=message):
+    chunk.check(asked, memory)
+  assert memory.turn == 0 and not memory.text
+
+
+def test_settings_that_do_not_fit_are_refused(cfg, params):
+  from wallwm_jax.inference.serve.model import Keys
+
+  with pytest.raises(ConfigError, match='event bucket'):
+    ModelPolicy(cfg, params, encode, resize, bucket=9)
+  with pytest.raises(ConfigError, match='expected a field for each of'):
+    ModelPolicy(cfg, params, encode, resize, keys=Keys({'front': 'image'}))

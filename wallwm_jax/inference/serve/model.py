@@ -1,0 +1,233 @@
+"""A trained model as a served policy, in event mode or unified mode.
+
+A request holds the state, one picture (or the pictures since the last request, oldest first) of
+every camera, and the text: `event` or `prompt`; a session keeps its text until another one comes,
+and in unified mode the past that the model looks back on. `reset` forgets both. Every other field
+is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallwm_jax.config import ExperimentConfig, nearest
+from wallwm_jax.geometry.poses import apply_relative
+from wallwm_jax.inference.denoiser import Window
+from wallwm_jax.inference.event import predict_event
+from wallwm_jax.inference.unified import predict_chunk
+from wallwm_jax.types import ConfigError, DataError, InferenceParams, Observation, Text
+
+TEXTS = ('event', 'prompt')  # the first one given counts
+LONGEST = 2000  # characters of a text
+Mode = Literal['event', 'chunk']
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """What requests call things. views: {view of the model: field}; state: field of the state [A]."""
+
+  views: Mapping[str, str]
+  state: str = 'observation/state'
+
+  @classmethod
+  def of(cls, config: ExperimentConfig) -> Keys:
+    """'observation/' and the model's own names."""
+    return cls({view: f'observation/{view}' for view in config.model.views})
+
+
+@dataclasses.dataclass
+class Session:
+  """What a connection remembers. past: {view: uint8 [<= 4M, H, W, 3]}; turn: requests so far."""
+
+  text: str = ''
+  past: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  turn: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+  """One request, checked: frames uint8 [V, T, H, W, 3], state float32 [A]."""
+
+  frames: np.ndarray
+  state: np.ndarray
+  text: str
+  turn: int
+
+
+class ModelPolicy:
+  """Serves a model.
+
+  Args:
+    config, params: of `checkpoints.load_inference`. encode: texts -> Text features [n, X, E].
+    resize: (uint8 [T, H, W, 3], (H', W')) -> uint8 [T, H', W', 3]. mode, bucket: event mode with
+      N = bucket future latents, or unified mode ('chunk'). keys: names of the fields (Keys.of).
+    max_batch: most requests of one call; calls are padded to a power of two so that few programs
+      are compiled. seed: of the noise; a session's turn n always gets the same.
+
+  Raises:
+    ConfigError: a bucket that the model does not have, or keys of other views.
+  """
+
+  def __init__(
+    self,
+    config: ExperimentConfig,
+    params: InferenceParams,
+    encode: Callable[[Sequence[str]], Text],
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+    *,
+    mode: Mode = 'event',
+    bucket: int | None = None,
+    keys: Keys | None = None,
+    max_batch: int = 8,
+    seed: int = 0,
+  ):
+    self._config, self._params, self._resize = config, params, resize
+    self._keys = keys or Keys.of(config)
+    if set(self._keys.views) != set(config.model.views):
+      raise ConfigError(
+        f'keys: expected a field for each of {config.model.views}, got {dict(self._keys.views)}.'
+      )
+    self._bucket = config.data.buckets[-1] if bucket is None else bucket
+    chunk = mode == 'chunk'
+    window = Window.chunk(config) if chunk else Window.event(config, self._bucket)
+    self._past = window.history * config.model.steps_per_latent
+    self._encode = functools.lru_cache(4096)(lambda text: encode([text]))
+    self._max_batch, self._seed = max_batch, seed
+    act = functools.partial(_act, cfg=config, bucket=None if chunk else self._bucket)
+    self._act = jax.jit(act)
+    spec = config.model.action_spec
+    self.metadata = {
+      'protocol': 'openpi',
+      'policy': config.name,
+      'mode': mode,
+      'action_dim': spec.dim,
+      'steps': window.future * config.model.steps_per_latent,
+      'actions': 'absolute poses: position m, rot6d, gripper 0..1 per arm, robot base frame',
+      'image_size': list(config.model.image_size),
+      'past_frames': self._past,
+      'fields': {'state': self._keys.state, 'views': dict(self._keys.views), 'text': list(TEXTS)},
+    }
+
+  def start(self) -> Session:
+    """A session without text and past."""
+    return Session()
+
+  def check(self, request: Mapping[str, Any], memory: Session) -> Work:
+    """The request as arrays; notes its text and pictures in the session.
+
+    Raises:
+      DataError: a field that is missing, unknown, or not what it should be.
+    """
+    keys = self._keys
+    known = {keys.state, *keys.views.values(), *TEXTS, 'reset'}
+    for name in request:
+      if name not in known:
+        raise DataError(f'{name}: not a field of this policy.{nearest(str(name), sorted(known))}')
+    reset = request.get('reset', False)
+    if not isinstance(reset, bool):
+      raise DataError(f'reset: expected true or false, got {type(reset).__name__}.')
+    text = self._text(request) or ('' if reset else memory.text)
+    if not text:
+      raise DataError(f'{TEXTS[0]}: expected a text at least with the first request, got none.')
+    state = self._state(request)
+    past = {} if reset else memory.past
+    came = {view: self._pictures(request, view) for view in self._config.model.views}
+    lengths = {view: len(frames) for view, frames in came.items()}
+    if len(set(lengths.values())) > 1:
+      raise DataError(f'observation: expected as many pictures of every camera, got {lengths}.')
+    seen = {view: self._window(frames, past.get(view)) for view, frames in came.items()}
+    memory.text, memory.past = text, {v: x[len(x) - self._past :] for v, x in seen.items()}
+    memory.turn = 1 if reset else memory.turn + 1
+    return Work(np.stack(list(seen.values())), state, text, memory.turn)
+
+  def infer(self, works: Sequence[Work]) -> list[dict[str, Any]]:
+    """{'actions': float32 [K, A] absolute targets, 'state', 'event_text'} for each."""
+    size = min(1 << (len(works) - 1).bit_length(), self._max_batch)
+    padded = [*works, *[works[-1]] * (size - len(works))]
+    texts = [self._encode(work.text) for work in padded]
+    obs = Observation(
+      frames=np.stack([work.frames for work in padded]),
+      state=np.stack([work.state for work in padded]),
+      view_mask=np.ones((size, len(self._config.model.views)), bool),
+    )
+    text = jax.tree.map(lambda *x: np.concatenate(x), *texts)
+    turns = np.array([work.turn for work in padded], np.uint32)
+    actions = np.asarray(self._act(self._params, obs, text, jax.random.key(self._seed), turns))
+    return [
+      {'actions': chunk, 'state': work.state, 'event_text': work.text}
+      for chunk, work in zip(actions, works)
+    ]
+
+  def warm_up(self) -> None:
+    """Compiles every batch size, so that the first request does not wait for it."""
+    model = self._config.model
+    shape = (len(model.views), 1 + self._past, *model.image_size, 3)
+    frames = np.zeros(shape, np.uint8)
+    upright = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1, 0, 1]), model.action_spec.arms)
+    size = 1
+    while size <= self._max_batch:
+      self.infer([Work(frames, upright, 'warm up', 0)] * size)
+      size *= 2
+
+  def _text(self, request: Mapping[str, Any]) -> str:
+    for name in TEXTS:
+      if name in request:
+        text = request[name]
+        if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
+          got = f'{len(text)} characters' if isinstance(text, str) else type(text).__name__
+          raise DataError(f'{name}: expected a text of 1..{LONGEST} characters, got {got}.')
+        return text
+    return ''
+
+  def _state(self, request: Mapping[str, Any]) -> np.ndarray:
+    name, dim = self._keys.state, self._config.model.action_spec.dim
+    if name not in request:
+      raise DataError(f'{name}: missing. Expected numbers [{dim}].')
+    state = np.asarray(request[name])
+    if state.shape != (dim,) or state.dtype.kind not in 'fiu':
+      raise DataError(f'{name}: expected numbers [{dim}], got {state.dtype} {list(state.shape)}.')
+    if not np.isfinite(state).all():
+      raise DataError(f'{name}: NaN or infinite values at {np.flatnonzero(~np.isfinite(state))}.')
+    return state.astype(np.float32)
+
+  def _pictures(self, request: Mapping[str, Any], view: str) -> np.ndarray:
+    """uint8 [T, H, W, 3] of one camera, of the model's size."""
+    name = self._keys.views[view]
+    if name not in request:
+      raise DataError(f'{name}: missing. Expected a picture uint8 [H, W, 3].')
+    x = np.asarray(request[name])
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != 3 or not x.size:
+      raise DataError(
+        f'{name}: expected uint8 [H, W, 3], or [T, H, W, 3] since the last request, got '
+        f'{x.dtype} {list(x.shape)}.'
+      )
+    return self._resize(x if x.ndim == 4 else x[None], tuple(self._config.model.image_size))
+
+  def _window(self, came: np.ndarray, past: np.ndarray | None) -> np.ndarray:
+    """uint8 [1 + 4M, H, W, 3]: what is remembered, then what came; where that is less, its first
+    picture stands for what was before it."""
+    seen = came if past is None else np.concatenate([past, came])
+    missing = max(1 + self._past - len(seen), 0)
+    seen = np.concatenate([np.repeat(seen[:1], missing, 0), seen])
+    return seen[len(seen) - 1 - self._past :]
+
+
+def _act(params, obs, text, key, turns, *, cfg, bucket):
+  """Actions [B, K, A], absolute; every row has noise of its own turn, whatever its neighbours."""
+
+  def one(obs, text, turn):
+    obs, text = jax.tree.map(lambda x: x[None], (obs, text))
+    noise = jax.random.fold_in(key, turn)
+    if bucket is None:
+      return predict_chunk(params, obs, text, noise, cfg=cfg).chunk.actions[0]
+    return predict_event(params, obs, text, noise, cfg=cfg, bucket=bucket).chunk.actions[0]
+
+  relative = jax.vmap(one)(obs, text, turns)
+  return apply_relative(jnp.asarray(obs.state)[:, None], relative)
