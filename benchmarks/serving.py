@@ -1,6 +1,6 @@
 """Round trips of the policy server over loopback, without a model: what the protocol costs.
 
-wallwm bench serving -- --trips 2000
+wallwm bench serving -- --trips 2000 --malformed 10000
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STATE = {'observation/state': np.zeros(8, np.float32)}
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--trips', type=int, default=2000)
+  parser.add_argument('--malformed', type=int, default=10_000, help='broken frames that are sent')
   args = parser.parse_args()
   command = [sys.executable, '-m', 'wallwm_jax.cli', 'serve', '--echo', '--dim', '8', '--port', '0']
   server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -33,7 +34,10 @@ def main() -> None:
       'state only': trips(port, STATE, args.trips),
       'two images of 224x224': trips(port, STATE | IMAGES, args.trips // 4),
       'beside three clients, one that does not read': crowded(port, args.trips // 4),
+      'malformed frames': malformed(port, args.malformed),
+      'afterwards': trips(port, STATE, args.trips // 4),
     }
+    assert server.poll() is None, 'the server ended'
   finally:
     server.terminate()
   harness.report(
@@ -73,6 +77,28 @@ def crowded(port: int, count: int) -> dict[str, float]:
     done.set()
     for other in others:
       other.join()
+  return found
+
+
+def malformed(port: int, count: int) -> dict[str, int]:
+  """What became of requests with random bytes in random places, cut at random."""
+  rng, good = np.random.default_rng(0), wire.encode(STATE | {'prompt': 'x'})
+  found = {'sent': count, 'refused with a reason': 0, 'answered': 0}
+  socket = None
+  for _ in range(count):
+    if socket is None:
+      opened = connect(f'ws://127.0.0.1:{port}', compression=None, max_size=None)
+      socket = opened.__enter__()
+      socket.recv()
+    frame = bytearray(good)
+    for place in rng.integers(0, len(good), rng.integers(1, 8)):
+      frame[place] = rng.integers(256)
+    socket.send(bytes(frame[: rng.integers(1, len(good) + 1)]))
+    refused = isinstance(socket.recv(timeout=10), str)
+    found['refused with a reason' if refused else 'answered'] += 1
+    if refused:
+      socket.close()
+      socket = None
   return found
 
 
