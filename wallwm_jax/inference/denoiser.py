@@ -82,6 +82,8 @@ class Conditioning:
 
   known: [B, V, 1+M, h, w, C] normalised clean latents; state: [B, A] normalised; text: caption
   features; view_mask: [B, V]; future_mask: [B, N], True on latents inside the predicted length.
+  committed: normalised actions [B, K, A] and which of them [B, K] will be executed whatever is
+  predicted, or None.
   """
 
   known: Latents
@@ -89,6 +91,7 @@ class Conditioning:
   text: Text
   view_mask: Bool[Array, "B V"]
   future_mask: Bool[Array, "B N"]
+  committed: ActionChunk | None = None
 
 
 @pytree_dataclass
@@ -117,7 +120,8 @@ def sample_noise(key: PRNGKey, cfg: ExperimentConfig, batch: int, window: Window
 
 
 def encode_observation(params: InferenceParams, obs: Observation, text: Text,
-                       length: Int[Array, "B"] | None = None, *, cfg: ExperimentConfig,
+                       length: Int[Array, "B"] | None = None,
+                       committed: ActionChunk | None = None, *, cfg: ExperimentConfig,
                        window: Window) -> Conditioning:
   """Conditioning of a prediction: frames through the codec once, state and latents normalised.
 
@@ -125,6 +129,8 @@ def encode_observation(params: InferenceParams, obs: Observation, text: Text,
     obs: frames [B, V, 1 + 4M, H, W, 3] uint8, state [B, A] physical, view_mask [B, V].
     text: features [B, X, E] and mask [B, X] of the caption or instruction.
     length: [B] valid future latents, 1..N; None means all N.
+    committed: physical actions [B, K, A] relative to the current pose, and which of them [B, K] are
+      being executed already: the others are predicted to follow on them.
 
   Raises:
     DataError: an observation or text whose shape or dtype is not the config's.
@@ -135,12 +141,16 @@ def encode_observation(params: InferenceParams, obs: Observation, text: Text,
   check_stats(cfg, norm)
   latents = functional.encode_video(cfg.model, obs.frames, params.frozen.codec)
   count = jnp.full((obs.state.shape[0],), window.future) if length is None else jnp.asarray(length)
+  if committed is not None:
+    actions = (committed.actions - norm.action_mean) / norm.action_scale
+    committed = ActionChunk(actions, committed.mask)
   return Conditioning(
       known=functional.normalise_latents(latents, norm),
       state=(obs.state - norm.state_mean) / norm.state_scale,
       text=text,
       view_mask=obs.view_mask,
       future_mask=jnp.arange(window.future) < count[:, None],
+      committed=committed,
   )
 
 
@@ -192,8 +202,11 @@ def denoise_actions(params: InferenceParams, cond: Conditioning, cache: function
                     cfg: ExperimentConfig) -> Float[Array, "B K A"]:
   """Normalised actions by `config.inference.action_steps` Euler steps against one fixed cache."""
   sigmas = schedules.shifted_sigmas(cfg.inference.action_steps, cfg.diffusion.action_shift)
-  return samplers.euler(lambda a, sigma: _action_velocity(params, cond, cache, a, sigma, cfg),
-                        noise, sigmas)
+
+  def velocity(a, sigma):
+    return _onto_committed(cond, noise, _action_velocity(params, cond, cache, a, sigma, cfg))
+
+  return samplers.euler(velocity, noise, sigmas)
 
 
 def denoise_jointly(params: InferenceParams, cond: Conditioning, noise: Noise, *,
@@ -208,8 +221,9 @@ def denoise_jointly(params: InferenceParams, cond: Conditioning, noise: Noise, *
     (z, a), (sigma, sigma_next) = carry, pair
     velocity, features, masks = _run_video(params, cond, z, sigma, cfg)
     cache = _prefill(params, features, masks, cfg, window)
-    a = a + (sigma_next - sigma) * _action_velocity(params, cond, cache, a, sigma, cfg)
-    return (z + (sigma_next - sigma) * velocity, a), None
+    towards = _onto_committed(
+        cond, noise.action, _action_velocity(params, cond, cache, a, sigma, cfg))
+    return (z + (sigma_next - sigma) * velocity, a + (sigma_next - sigma) * towards), None
 
   return jax.lax.scan(step, (noise.video, noise.action), (sigmas[:-1], sigmas[1:]))[0]
 
@@ -322,3 +336,15 @@ def _action_velocity(params: InferenceParams, cond: Conditioning, cache, a, sigm
   out = functional.action_forward(params.model['action'], cfg.model, draws, t, cond.state, cache,
                                   action_mask(cfg, cond.future_mask))
   return flow.to_velocity(out, draws, t, cfg.model.action.prediction)[:, 0]
+
+
+def _onto_committed(cond: Conditioning, noise, velocity):
+  """The velocity [B, K, A], on committed steps that of the straight line from `noise` to them.
+
+  They are at every level what the forward process makes of them, and end exact: in-painting by
+  replacement, as real-time chunking needs (arXiv 2506.07339, without its gradient guidance).
+  """
+  if cond.committed is None:
+    return velocity
+  held = cond.committed
+  return jnp.where(held.mask[..., None], noise - held.actions, velocity)

@@ -7,11 +7,12 @@ from jaxtyping import Array, Float, Int
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.inference import denoiser
 from wallwm_jax.inference.denoiser import EventPrediction, Noise, Window
-from wallwm_jax.types import InferenceParams, Observation, PRNGKey, Text
+from wallwm_jax.types import ActionChunk, InferenceParams, Observation, PRNGKey, Text
 
 
 def predict_event(params: InferenceParams, obs: Observation, text: Text, key: PRNGKey, *,
                   cfg: ExperimentConfig, bucket: int, length: Int[Array, "B"] | None = None,
+                  committed: ActionChunk | None = None,
                   noise: Noise | None = None) -> EventPrediction:
   """Predicts the event that `text` names, from what the robot sees now.
 
@@ -20,6 +21,7 @@ def predict_event(params: InferenceParams, obs: Observation, text: Text, key: PR
     text: caption features; key: used only where `noise` is None.
     bucket: N, future latents of the window (static).
     length: [B] future latents of each event, 1..N; None = N.
+    committed: actions that are being executed already, see `denoiser.encode_observation`.
 
   Returns:
     Actions [B, 4N, A] relative to the current pose in physical units, and the imagined latents
@@ -29,7 +31,7 @@ def predict_event(params: InferenceParams, obs: Observation, text: Text, key: PR
     ConfigError: bucket outside 1..max_future. DataError: inputs of the wrong shape or dtype.
   """
   window = Window.event(cfg, bucket)
-  cond = denoiser.encode_observation(params, obs, text, length, cfg=cfg, window=window)
+  cond = denoiser.encode_observation(params, obs, text, length, committed, cfg=cfg, window=window)
   if noise is None:
     noise = denoiser.sample_noise(key, cfg, obs.state.shape[0], window)
   return denoiser.predict(params, cond, noise, cfg=cfg, window=window)

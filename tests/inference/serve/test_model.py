@@ -77,13 +77,13 @@ def test_the_text_is_kept_until_another_one_comes(event):
   event.check(request(), memory)
   silent = request()
   del silent['event']
-  assert event.check(silent, memory).text == 'lift the cube'
-  assert event.check(request(event='push it'), memory).text == 'push it'
-  assert event.check(silent, memory).text == 'push it'
-  assert event.check(silent | {'prompt': 'tidy up'}, memory).text == 'tidy up'
+  assert event.check(silent, memory).session.text == 'lift the cube'
+  assert event.check(request(event='push it'), memory).session.text == 'push it'
+  assert event.check(silent, memory).session.text == 'push it'
+  assert event.check(silent | {'prompt': 'tidy up'}, memory).session.text == 'tidy up'
   with pytest.raises(DataError, match='event: expected a text at least with the first'):
     event.check(silent | {'reset': True}, memory)
-  assert event.check(request(), event.start()).turn == 1
+  assert event.check(request(), event.start()).session.turn == 1
 
 
 def test_unified_mode_looks_back_on_what_the_session_saw(chunk):
@@ -102,6 +102,25 @@ def test_unified_mode_looks_back_on_what_the_session_saw(chunk):
   assert seen(5, reset=True) == [[5, 5, 5, 5, 5]] * 2
   (reply,) = ask(chunk, request())
   assert np.isfinite(reply['actions']).all() and reply['actions'].shape == (8, 10)
+
+
+def test_what_is_executed_meanwhile_begins_the_next_chunk(event):
+  memory = event.start()
+  (first,) = ask(event, request(1), memory=memory)
+  (free,) = ask(event, request(2))
+  (second,) = ask(event, request(2, executed=2, delay=3), memory=memory)
+  np.testing.assert_allclose(second['actions'][:3], first['actions'][2:5], rtol=1e-3, atol=1e-3)
+  assert np.abs(second['actions'][3:] - free['actions'][3:]).max() > 1e-3
+  third = request(3, executed=5, delay=0)
+  assert event.check(third, memory).committed.shape == (0, 10)
+  for changes, message in (
+    ({'executed': 6, 'delay': 3}, 'executed 6 . delay 3 steps, but the last reply had 8'),
+    ({'executed': 1}, 'delay: expected a number of steps'),
+    ({'executed': -1, 'delay': 1}, 'executed: expected a number of steps'),
+    ({'executed': 1, 'delay': 1, 'reset': True}, 'no last reply'),
+  ):
+    with pytest.raises(DataError, match=message):
+      event.check(request(**changes), memory)
 
 
 BAD = {

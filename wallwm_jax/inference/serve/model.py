@@ -4,6 +4,11 @@ A request holds the state, one picture (or the pictures since the last request, 
 every camera, and the text: `event` or `prompt`; a session keeps its text until another one comes,
 and in unified mode the past that the model looks back on. `reset` forgets both. Every other field
 is an error that names it.
+
+Real-time chunking: a client that goes on executing while it waits says how many steps of the last
+reply it had `executed` when it looked, and with how much `delay` (steps) it will switch over. Those
+steps of the last reply are the beginning of the next one, and what follows is predicted to follow
+on them.
 """
 
 from __future__ import annotations
@@ -18,11 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from wallwm_jax.config import ExperimentConfig, nearest
-from wallwm_jax.geometry.poses import apply_relative
+from wallwm_jax.geometry.poses import apply_relative, relative_pose
 from wallwm_jax.inference.denoiser import Window
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.unified import predict_chunk
-from wallwm_jax.types import ConfigError, DataError, InferenceParams, Observation, Text
+from wallwm_jax.types import (
+  ActionChunk,
+  ConfigError,
+  DataError,
+  InferenceParams,
+  Observation,
+  Text,
+)
 
 TEXTS = ('event', 'prompt')  # the first one given counts
 LONGEST = 2000  # characters of a text
@@ -44,21 +56,24 @@ class Keys:
 
 @dataclasses.dataclass
 class Session:
-  """What a connection remembers. past: {view: uint8 [<= 4M, H, W, 3]}; turn: requests so far."""
+  """What a connection remembers. past: {view: uint8 [<= 4M, H, W, 3]}; turn: requests so far; last:
+  actions [K, A] of the last reply, absolute."""
 
   text: str = ''
   past: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   turn: int = 0
+  last: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
-  """One request, checked: frames uint8 [V, T, H, W, 3], state float32 [A]."""
+  """One request, checked: frames uint8 [V, T, H, W, 3], state float32 [A], and the absolute actions
+  float32 [n, A] that its robot will have executed before the reply takes over."""
 
   frames: np.ndarray
   state: np.ndarray
-  text: str
-  turn: int
+  committed: np.ndarray
+  session: Session
 
 
 class ModelPolicy:
@@ -126,7 +141,7 @@ class ModelPolicy:
       DataError: a field that is missing, unknown, or not what it should be.
     """
     keys = self._keys
-    known = {keys.state, *keys.views.values(), *TEXTS, 'reset'}
+    known = {keys.state, *keys.views.values(), *TEXTS, 'reset', 'executed', 'delay'}
     for name in request:
       if name not in known:
         raise DataError(f'{name}: not a field of this policy.{nearest(str(name), sorted(known))}')
@@ -137,6 +152,7 @@ class ModelPolicy:
     if not text:
       raise DataError(f'{TEXTS[0]}: expected a text at least with the first request, got none.')
     state = self._state(request)
+    committed = self._committed(request, None if reset else memory.last)
     past = {} if reset else memory.past
     came = {view: self._pictures(request, view) for view in self._config.model.views}
     lengths = {view: len(frames) for view, frames in came.items()}
@@ -145,23 +161,27 @@ class ModelPolicy:
     seen = {view: self._window(frames, past.get(view)) for view, frames in came.items()}
     memory.text, memory.past = text, {v: x[len(x) - self._past :] for v, x in seen.items()}
     memory.turn = 1 if reset else memory.turn + 1
-    return Work(np.stack(list(seen.values())), state, text, memory.turn)
+    return Work(np.stack(list(seen.values())), state, committed, memory)
 
   def infer(self, works: Sequence[Work]) -> list[dict[str, Any]]:
     """{'actions': float32 [K, A] absolute targets, 'state', 'event_text'} for each."""
     size = min(1 << (len(works) - 1).bit_length(), self._max_batch)
     padded = [*works, *[works[-1]] * (size - len(works))]
-    texts = [self._encode(work.text) for work in padded]
     obs = Observation(
       frames=np.stack([work.frames for work in padded]),
       state=np.stack([work.state for work in padded]),
       view_mask=np.ones((size, len(self._config.model.views)), bool),
     )
+    texts = [self._encode(work.session.text) for work in padded]
     text = jax.tree.map(lambda *x: np.concatenate(x), *texts)
-    turns = np.array([work.turn for work in padded], np.uint32)
-    actions = np.asarray(self._act(self._params, obs, text, jax.random.key(self._seed), turns))
+    turns = np.array([work.session.turn for work in padded], np.uint32)
+    committed = self._pad([work.committed for work in padded], obs.state)
+    key = jax.random.key(self._seed)
+    actions = np.asarray(self._act(self._params, obs, text, committed, key, turns))
+    for work, chunk in zip(works, actions):
+      work.session.last = chunk
     return [
-      {'actions': chunk, 'state': work.state, 'event_text': work.text}
+      {'actions': chunk, 'state': work.state, 'event_text': work.session.text}
       for chunk, work in zip(actions, works)
     ]
 
@@ -171,9 +191,9 @@ class ModelPolicy:
     shape = (len(model.views), 1 + self._past, *model.image_size, 3)
     frames = np.zeros(shape, np.uint8)
     upright = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1, 0, 1]), model.action_spec.arms)
-    size = 1
+    nothing, size = np.zeros((0, len(upright)), np.float32), 1
     while size <= self._max_batch:
-      self.infer([Work(frames, upright, 'warm up', 0)] * size)
+      self.infer([Work(frames, upright, nothing, Session('warm up'))] * size)
       size *= 2
 
   def _text(self, request: Mapping[str, Any]) -> str:
@@ -197,6 +217,30 @@ class ModelPolicy:
       raise DataError(f'{name}: NaN or infinite values at {np.flatnonzero(~np.isfinite(state))}.')
     return state.astype(np.float32)
 
+  def _committed(self, request: Mapping[str, Any], last: np.ndarray | None) -> np.ndarray:
+    """float32 [n, A], absolute: what will be executed between the observation and the reply."""
+    if 'executed' not in request and 'delay' not in request:
+      return np.zeros((0, self._config.model.action_spec.dim), np.float32)
+    if last is None:
+      raise DataError('executed: there is no last reply in this session to have executed.')
+    for name in ('executed', 'delay'):
+      if type(request.get(name)) is not int or request[name] < 0:
+        raise DataError(f'{name}: expected a number of steps >= 0, got {request.get(name)!r}.')
+    begin, count = request['executed'], request['delay']
+    if begin + count > len(last):
+      raise DataError(
+        f'delay: executed {begin} + delay {count} steps, but the last reply had {len(last)}.'
+      )
+    return last[begin : begin + count]
+
+  def _pad(self, committed: Sequence[np.ndarray], state: np.ndarray) -> ActionChunk:
+    """Committed actions of each row, relative to its state: [B, K, A] and which they are [B, K]."""
+    mask = np.arange(self.metadata['steps']) < np.array([len(x) for x in committed])[:, None]
+    absolute = np.repeat(state[:, None], mask.shape[1], 1)
+    for row, x in zip(absolute, committed):
+      row[: len(x)] = x
+    return ActionChunk(relative_pose(state[:, None], absolute), mask)
+
   def _pictures(self, request: Mapping[str, Any], view: str) -> np.ndarray:
     """uint8 [T, H, W, 3] of one camera, of the model's size."""
     name = self._keys.views[view]
@@ -219,15 +263,15 @@ class ModelPolicy:
     return seen[len(seen) - 1 - self._past :]
 
 
-def _act(params, obs, text, key, turns, *, cfg, bucket):
+def _act(params, obs, text, committed, key, turns, *, cfg, bucket):
   """Actions [B, K, A], absolute; every row has noise of its own turn, whatever its neighbours."""
 
-  def one(obs, text, turn):
-    obs, text = jax.tree.map(lambda x: x[None], (obs, text))
-    noise = jax.random.fold_in(key, turn)
+  def one(obs, text, committed, turn):
+    obs, text, committed = jax.tree.map(lambda x: x[None], (obs, text, committed))
+    inputs = (params, obs, text, jax.random.fold_in(key, turn))
     if bucket is None:
-      return predict_chunk(params, obs, text, noise, cfg=cfg).chunk.actions[0]
-    return predict_event(params, obs, text, noise, cfg=cfg, bucket=bucket).chunk.actions[0]
+      return predict_chunk(*inputs, cfg=cfg, committed=committed).chunk.actions[0]
+    return predict_event(*inputs, cfg=cfg, bucket=bucket, committed=committed).chunk.actions[0]
 
-  relative = jax.vmap(one)(obs, text, turns)
+  relative = jax.vmap(one)(obs, text, committed, turns)
   return apply_relative(jnp.asarray(obs.state)[:, None], relative)
