@@ -18,7 +18,13 @@ def add_parser(verbs) -> None:
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument('--workdir', help='trained run')
   which.add_argument('--echo', action='store_true', help='no model: every action is the state')
-  parser.add_argument('--mode', choices=('event', 'chunk'), default='event', help='(event)')
+  parser.add_argument(
+    '--modes',
+    nargs='+',
+    choices=('event', 'chunk'),
+    default=('event',),
+    help='what sessions may ask for, the first unless they do (event)',
+  )
   parser.add_argument(
     '--bucket', type=int, help="event mode: future latents (the run's longest bucket)"
   )
@@ -82,7 +88,7 @@ def _model(args: argparse.Namespace):
     params,
     make_text_encoder(config.model.text).encode,
     letterbox,
-    mode=args.mode,
+    modes=args.modes,
     bucket=args.bucket,
     keys=Keys(views, args.state),
     max_batch=args.max_batch,

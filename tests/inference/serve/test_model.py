@@ -37,12 +37,12 @@ def request(seed=0, size=(16, 16), **changes):
 
 @pytest.fixture(scope='module')
 def event(cfg, params):
-  return ModelPolicy(cfg, params, encode, resize, mode='event', bucket=2, max_batch=4)
+  return ModelPolicy(cfg, params, encode, resize, modes=['event'], bucket=2, max_batch=4)
 
 
 @pytest.fixture(scope='module')
 def chunk(cfg, params):
-  return ModelPolicy(cfg, params, encode, resize, mode='chunk', max_batch=4)
+  return ModelPolicy(cfg, params, encode, resize, modes=['chunk'], max_batch=4)
 
 
 def ask(policy, *requests, memory=None):
@@ -58,7 +58,7 @@ def test_answers_are_the_models(event, cfg, params):
   chunk = predict_event(params, obs, encode(['lift the cube']), key, cfg=cfg, bucket=2).chunk
   want = apply_relative(np.asarray(asked['observation/state']), np.asarray(chunk.actions[0]))
   np.testing.assert_allclose(reply['actions'], want, rtol=2e-4, atol=2e-4)
-  promised = (event.metadata['steps'], event.metadata['action_dim'])
+  promised = (event.metadata['steps']['event'], event.metadata['action_dim'])
   assert reply['actions'].shape == promised == (8, 10)
   assert reply['event_text'] == 'lift the cube'
 
@@ -102,6 +102,25 @@ def test_unified_mode_looks_back_on_what_the_session_saw(chunk):
   assert seen(5, reset=True) == [[5, 5, 5, 5, 5]] * 2
   (reply,) = ask(chunk, request())
   assert np.isfinite(reply['actions']).all() and reply['actions'].shape == (8, 10)
+
+
+def test_sessions_choose_their_mode(cfg, params, event, chunk):
+  both = ModelPolicy(cfg, params, encode, resize, modes=['event', 'chunk'], bucket=2, max_batch=4)
+  assert both.metadata['modes'] == ['event', 'chunk'] and both.metadata['past_frames'] == 4
+  first, second, third = ask(both, request(1), request(2, mode='chunk'), request(3))
+  assert [reply['mode'] for reply in (first, second, third)] == ['event', 'chunk', 'event']
+  for reply, (want,) in (
+    (first, ask(event, request(1))),
+    (second, ask(chunk, request(2))),
+    (third, ask(event, request(3))),
+  ):
+    np.testing.assert_allclose(reply['actions'], want['actions'], rtol=2e-4, atol=2e-4)
+  memory = both.start()
+  both.check(request(mode='chunk'), memory)
+  assert both.check(request(), memory).session.mode == 'chunk'
+  assert both.check(request(reset=True), memory).session.mode == 'event'
+  with pytest.raises(DataError, match=r"mode: expected one of \['event'\], got 'chunk'"):
+    event.check(request(mode='chunk'), event.start())
 
 
 def test_what_is_executed_meanwhile_begins_the_next_chunk(event):

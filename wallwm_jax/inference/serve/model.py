@@ -1,9 +1,9 @@
-"""A trained model as a served policy, in event mode or unified mode.
+"""A trained model as a served policy, in event mode and unified mode.
 
 A request holds the state, one picture (or the pictures since the last request, oldest first) of
-every camera, and the text: `event` or `prompt`; a session keeps its text until another one comes,
-and in unified mode the past that the model looks back on. `reset` forgets both. Every other field
-is an error that names it.
+every camera, the text (`event` or `prompt`) and the `mode`; a session keeps text and mode until
+others come, and the past that unified mode looks back on. `reset` forgets all. Every other field is
+an error that names it.
 
 Real-time chunking: a client that goes on executing while it waits says how many steps of the last
 reply it had `executed` when it looked, and with how much `delay` (steps) it will switch over. Those
@@ -59,6 +59,7 @@ class Session:
   """What a connection remembers. past: {view: uint8 [<= 4M, H, W, 3]}; turn: requests so far; last:
   actions [K, A] of the last reply, absolute."""
 
+  mode: Mode
   text: str = ''
   past: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   turn: int = 0
@@ -81,8 +82,9 @@ class ModelPolicy:
 
   Args:
     config, params: of `checkpoints.load_inference`. encode: texts -> Text features [n, X, E].
-    resize: (uint8 [T, H, W, 3], (H', W')) -> uint8 [T, H', W', 3]. mode, bucket: event mode with
-      N = bucket future latents, or unified mode ('chunk'). keys: names of the fields (Keys.of).
+    resize: (uint8 [T, H, W, 3], (H', W')) -> uint8 [T, H', W', 3]. modes: what sessions may ask
+      for, the first unless they do; bucket: future latents N of event mode. keys: names of the
+      fields (Keys.of).
     max_batch: most requests of one call; calls are padded to a power of two so that few programs
       are compiled. seed: of the noise; a session's turn n always gets the same.
 
@@ -97,7 +99,7 @@ class ModelPolicy:
     encode: Callable[[Sequence[str]], Text],
     resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
     *,
-    mode: Mode = 'event',
+    modes: Sequence[Mode] = ('event',),
     bucket: int | None = None,
     keys: Keys | None = None,
     max_batch: int = 8,
@@ -109,21 +111,23 @@ class ModelPolicy:
       raise ConfigError(
         f'keys: expected a field for each of {config.model.views}, got {dict(self._keys.views)}.'
       )
-    self._bucket = config.data.buckets[-1] if bucket is None else bucket
-    chunk = mode == 'chunk'
-    window = Window.chunk(config) if chunk else Window.event(config, self._bucket)
-    self._past = window.history * config.model.steps_per_latent
+    bucket = config.data.buckets[-1] if bucket is None else bucket
+    windows = {'event': Window.event(config, bucket), 'chunk': Window.chunk(config)}
+    self._windows = {mode: windows[mode] for mode in modes}
+    self._rate = config.model.steps_per_latent
+    self._past = self._rate * max(window.history for window in self._windows.values())
     self._encode = functools.lru_cache(4096)(lambda text: encode([text]))
     self._max_batch, self._seed = max_batch, seed
-    act = functools.partial(_act, cfg=config, bucket=None if chunk else self._bucket)
-    self._act = jax.jit(act)
-    spec = config.model.action_spec
+    self._act = {
+      mode: jax.jit(functools.partial(_act, cfg=config, window=window))
+      for mode, window in self._windows.items()
+    }
     self.metadata = {
       'protocol': 'openpi',
       'policy': config.name,
-      'mode': mode,
-      'action_dim': spec.dim,
-      'steps': window.future * config.model.steps_per_latent,
+      'modes': list(self._windows),
+      'action_dim': config.model.action_spec.dim,
+      'steps': {mode: self._steps(mode) for mode in self._windows},
       'actions': 'absolute poses: position m, rot6d, gripper 0..1 per arm, robot base frame',
       'image_size': list(config.model.image_size),
       'past_frames': self._past,
@@ -132,7 +136,7 @@ class ModelPolicy:
 
   def start(self) -> Session:
     """A session without text and past."""
-    return Session()
+    return Session(next(iter(self._windows)))
 
   def check(self, request: Mapping[str, Any], memory: Session) -> Work:
     """The request as arrays; notes its text and pictures in the session.
@@ -141,7 +145,7 @@ class ModelPolicy:
       DataError: a field that is missing, unknown, or not what it should be.
     """
     keys = self._keys
-    known = {keys.state, *keys.views.values(), *TEXTS, 'reset', 'executed', 'delay'}
+    known = {keys.state, *keys.views.values(), *TEXTS, 'mode', 'reset', 'executed', 'delay'}
     for name in request:
       if name not in known:
         raise DataError(f'{name}: not a field of this policy.{nearest(str(name), sorted(known))}')
@@ -151,6 +155,9 @@ class ModelPolicy:
     text = self._text(request) or ('' if reset else memory.text)
     if not text:
       raise DataError(f'{TEXTS[0]}: expected a text at least with the first request, got none.')
+    mode = request.get('mode', next(iter(self._windows)) if reset else memory.mode)
+    if mode not in self._windows:
+      raise DataError(f'mode: expected one of {list(self._windows)}, got {mode!r}.')
     state = self._state(request)
     committed = self._committed(request, None if reset else memory.last)
     past = {} if reset else memory.past
@@ -159,12 +166,29 @@ class ModelPolicy:
     if len(set(lengths.values())) > 1:
       raise DataError(f'observation: expected as many pictures of every camera, got {lengths}.')
     seen = {view: self._window(frames, past.get(view)) for view, frames in came.items()}
-    memory.text, memory.past = text, {v: x[len(x) - self._past :] for v, x in seen.items()}
+    memory.text, memory.mode = text, mode
+    memory.past = {view: frames[1:] for view, frames in seen.items()}
     memory.turn = 1 if reset else memory.turn + 1
-    return Work(np.stack(list(seen.values())), state, committed, memory)
+    needed = 1 + self._rate * self._windows[mode].history
+    return Work(np.stack([x[len(x) - needed :] for x in seen.values()]), state, committed, memory)
 
   def infer(self, works: Sequence[Work]) -> list[dict[str, Any]]:
-    """{'actions': float32 [K, A] absolute targets, 'state', 'event_text'} for each."""
+    """{'actions': float32 [K, A] absolute targets, 'state', 'event_text', 'mode'} for each."""
+    chunks: dict[int, np.ndarray] = {}
+    for mode in self._windows:
+      places = [i for i, work in enumerate(works) if work.session.mode == mode]
+      if places:
+        chunks |= zip(places, self._predict(mode, [works[i] for i in places]))
+    for i, work in enumerate(works):
+      work.session.last = chunks[i]
+    return [
+      {'actions': chunks[i], 'state': work.state, 'event_text': work.session.text,
+       'mode': work.session.mode}
+      for i, work in enumerate(works)
+    ]  # fmt: skip
+
+  def _predict(self, mode: Mode, works: Sequence[Work]) -> np.ndarray:
+    """Absolute actions [b, K, A], b >= len(works)."""
     size = min(1 << (len(works) - 1).bit_length(), self._max_batch)
     padded = [*works, *[works[-1]] * (size - len(works))]
     obs = Observation(
@@ -175,26 +199,24 @@ class ModelPolicy:
     texts = [self._encode(work.session.text) for work in padded]
     text = jax.tree.map(lambda *x: np.concatenate(x), *texts)
     turns = np.array([work.session.turn for work in padded], np.uint32)
-    committed = self._pad([work.committed for work in padded], obs.state)
+    committed = self._pad([work.committed for work in padded], obs.state, self._steps(mode))
     key = jax.random.key(self._seed)
-    actions = np.asarray(self._act(self._params, obs, text, committed, key, turns))
-    for work, chunk in zip(works, actions):
-      work.session.last = chunk
-    return [
-      {'actions': chunk, 'state': work.state, 'event_text': work.session.text}
-      for chunk, work in zip(actions, works)
-    ]
+    return np.asarray(self._act[mode](self._params, obs, text, committed, key, turns))
 
   def warm_up(self) -> None:
-    """Compiles every batch size, so that the first request does not wait for it."""
+    """Compiles every mode and batch size, so that the first request does not wait for it."""
     model = self._config.model
-    shape = (len(model.views), 1 + self._past, *model.image_size, 3)
-    frames = np.zeros(shape, np.uint8)
     upright = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1, 0, 1]), model.action_spec.arms)
-    nothing, size = np.zeros((0, len(upright)), np.float32), 1
-    while size <= self._max_batch:
-      self.infer([Work(frames, upright, nothing, Session('warm up'))] * size)
-      size *= 2
+    nothing = np.zeros((0, len(upright)), np.float32)
+    for mode, window in self._windows.items():
+      shape = (len(model.views), 1 + self._rate * window.history, *model.image_size, 3)
+      work = Work(np.zeros(shape, np.uint8), upright, nothing, Session(mode, 'warm up'))
+      for size in {min(2**i, self._max_batch) for i in range(self._max_batch.bit_length() + 1)}:
+        self.infer([work] * size)
+
+  def _steps(self, mode: Mode) -> int:
+    """K of a reply."""
+    return self._windows[mode].future * self._rate
 
   def _text(self, request: Mapping[str, Any]) -> str:
     for name in TEXTS:
@@ -233,9 +255,10 @@ class ModelPolicy:
       )
     return last[begin : begin + count]
 
-  def _pad(self, committed: Sequence[np.ndarray], state: np.ndarray) -> ActionChunk:
+  def _pad(self, committed: Sequence[np.ndarray], state: np.ndarray, steps: int) -> ActionChunk:
     """Committed actions of each row, relative to its state: [B, K, A] and which they are [B, K]."""
-    mask = np.arange(self.metadata['steps']) < np.array([len(x) for x in committed])[:, None]
+    committed = [x[:steps] for x in committed]
+    mask = np.arange(steps) < np.array([len(x) for x in committed])[:, None]
     absolute = np.repeat(state[:, None], mask.shape[1], 1)
     for row, x in zip(absolute, committed):
       row[: len(x)] = x
@@ -263,14 +286,15 @@ class ModelPolicy:
     return seen[len(seen) - 1 - self._past :]
 
 
-def _act(params, obs, text, committed, key, turns, *, cfg, bucket):
+def _act(params, obs, text, committed, key, turns, *, cfg, window):
   """Actions [B, K, A], absolute; every row has noise of its own turn, whatever its neighbours."""
 
   def one(obs, text, committed, turn):
     obs, text, committed = jax.tree.map(lambda x: x[None], (obs, text, committed))
     inputs = (params, obs, text, jax.random.fold_in(key, turn))
-    if bucket is None:
+    if window.kind == 'chunk':
       return predict_chunk(*inputs, cfg=cfg, committed=committed).chunk.actions[0]
+    bucket = window.future
     return predict_event(*inputs, cfg=cfg, bucket=bucket, committed=committed).chunk.actions[0]
 
   relative = jax.vmap(one)(obs, text, committed, turns)
