@@ -34,6 +34,10 @@ def add_parser(verbs) -> None:
       parser.add_argument('--store', required=True, help='event store')
       parser.add_argument('--split', default='heldout', help='split of the store (heldout)')
       parser.add_argument('--limit', type=int, help='at most this many events (all)')
+    if name == 'openloop':
+      parser.add_argument(
+        '--action-steps', help='also the action error at these numbers of denoising steps, as 1,2,4'
+      )
 
 
 def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -56,9 +60,33 @@ def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def openloop(args: argparse.Namespace) -> None:
-  from wallwm_jax.commands.evaluators import evaluate_actions
+  from wallwm_jax.commands import action_checks
+  from wallwm_jax.commands.evaluators import Windows, action_predictor, evaluate_actions
 
-  _report(args, _on_store(args, evaluate_actions).to_json())
+  counts = _counts(args.action_steps)
+
+  def evaluator(config, params, store, *, split, limit, seed):
+    result = evaluate_actions(config, params, store, split=split, limit=limit, seed=seed)
+    windows = Windows(config, store, params.norm, split, limit)
+    checks = action_checks.image_sensitivity(windows, action_predictor(config, params, seed))
+    checks |= action_checks.duration_error(store, split)
+    if counts:
+      checks['by_action_steps'] = action_checks.denoising_curve(windows, params, counts, seed)
+    return result.to_json() | checks, result.rows
+
+  scores, rows = _on_store(args, evaluator)
+  asked = {'split': args.split, 'limit': args.limit, 'store': args.store}
+  _report(args, scores, suite={'kind': 'openloop', 'seed': args.seed} | asked, rows=rows)
+
+
+def _counts(text: str | None) -> list[int]:
+  """'1,2,4' as numbers of steps; ConfigError where it is something else."""
+  from wallwm_jax.types import ConfigError
+
+  parts = text.split(',') if text else []
+  if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    raise ConfigError(f'--action-steps: expected numbers > 0 such as 1,2,4, got {text!r}.')
+  return [int(part) for part in parts]
 
 
 def video(args: argparse.Namespace) -> None:
@@ -139,9 +167,12 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
   )
 
 
-def _report(args: argparse.Namespace, scores: dict) -> None:
+def _report(args: argparse.Namespace, scores: dict, suite: dict | None = None, rows=()) -> None:
+  """Prints scores; the file also says what was asked (suite) and has a row per event or attempt."""
   from wallwm_jax.evaluation.base import environment, write_json
 
   if args.json:
-    write_json(args.json, scores | {'workdir': args.workdir, 'environment': environment()})
+    more = {'suite': suite, 'rows': rows} if suite else {}
+    whole = scores | more | {'workdir': args.workdir, 'environment': environment()}
+    write_json(args.json, whole)
   common.print_json(scores)
