@@ -30,6 +30,9 @@ def add_parser(verbs) -> None:
     if name == 'closedloop':
       add_world(parser)
       parser.add_argument('--episodes', type=int, default=98, help='attempts, shared by kinds (98)')
+      parser.add_argument(
+        '--delays', default='0', help='control steps of policy latency; several as 0,2,4 (0)'
+      )
     else:
       parser.add_argument('--store', required=True, help='event store')
       parser.add_argument('--split', default='heldout', help='split of the store (heldout)')
@@ -63,7 +66,7 @@ def openloop(args: argparse.Namespace) -> None:
   from wallwm_jax.commands import action_checks
   from wallwm_jax.commands.evaluators import Windows, action_predictor, evaluate_actions
 
-  counts = _counts(args.action_steps)
+  counts = _counts(args.action_steps, '--action-steps', 1)
 
   def evaluator(config, params, store, *, split, limit, seed):
     result = evaluate_actions(config, params, store, split=split, limit=limit, seed=seed)
@@ -79,13 +82,13 @@ def openloop(args: argparse.Namespace) -> None:
   _report(args, scores, suite={'kind': 'openloop', 'seed': args.seed} | asked, rows=rows)
 
 
-def _counts(text: str | None) -> list[int]:
-  """'1,2,4' as numbers of steps; ConfigError where it is something else."""
+def _counts(text: str | None, name: str, least: int) -> list[int]:
+  """'1,2,4' as numbers of steps, none below `least`; ConfigError where it is something else."""
   from wallwm_jax.types import ConfigError
 
   parts = text.split(',') if text else []
-  if not all(part.isdecimal() and int(part) > 0 for part in parts):
-    raise ConfigError(f'--action-steps: expected numbers > 0 such as 1,2,4, got {text!r}.')
+  if not all(part.isdecimal() and int(part) >= least for part in parts):
+    raise ConfigError(f'{name}: expected numbers >= {least} such as 1,2,4, got {text!r}.')
   return [int(part) for part in parts]
 
 
@@ -118,11 +121,23 @@ def language(args: argparse.Namespace) -> None:
 
 
 def closedloop(args: argparse.Namespace) -> None:
+  from wallwm_jax.evaluation.closed_loop import mcnemar
+
   per_kind = max(1, args.episodes // len(_task_kinds(args.tasks)))
-  attempts = run_attempts(args, per_kind)
-  asked = {'tasks': args.tasks, 'max_steps': args.max_steps, 'untrained': args.untrained}
-  asked['source'] = attempts.source
-  _report(args, attempts.score().to_json() | asked)
+  delays = _counts(args.delays, '--delays', 0)
+  attempts, *others = (run_attempts(args, per_kind, delay=delay) for delay in delays)
+  shared = {'tasks': args.tasks, 'max_steps': args.max_steps}
+  asked = shared | {'untrained': args.untrained, 'source': attempts.source, 'delay': delays[0]}
+  scores = attempts.score().to_json() | attempts.motion() | asked
+  if others:
+    scores['by_delay'] = {
+      str(run.delay): run.score().to_json()
+      | run.motion()
+      | {'mcnemar_p': mcnemar(attempts.rollouts.success, run.rollouts.success)}
+      for run in (attempts, *others)
+    }
+  suite = {'kind': 'closedloop', 'seed': args.seed, 'episodes': len(attempts.kinds)} | shared
+  _report(args, scores, suite=suite, rows=attempts.rows())
 
 
 def _task_kinds(chosen: str) -> tuple[str, ...]:
@@ -133,7 +148,7 @@ def _task_kinds(chosen: str) -> tuple[str, ...]:
   return groups.get(chosen) or tuple(chosen.split(','))
 
 
-def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
+def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False, delay: int = 0):
   """The attempts that the arguments of `add_world` describe."""
   import jax
 
@@ -164,6 +179,7 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
     source=source,
     planning=planning,
     record=record,
+    delay=delay,
   )
 
 

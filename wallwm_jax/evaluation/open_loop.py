@@ -55,7 +55,8 @@ class OpenLoopResult:
   policy, hold, mean: {field of ActionErrors: mean over the events that have it}.
   interval: of the policy's mae, bootstrapped over episodes. skill_hold, skill_mean: 1 - mae /
   baseline mae. by_label: {label: (policy mae, hold mae, events)}; macro_mae: mean over labels.
-  rows: the policy's errors of each scored event, with its 'episode' and, where known, 'label'.
+  rows: the policy's errors of each scored event, with 'episode' and, where known, 'uid' and
+  'label'.
   """
 
   n: int
@@ -208,7 +209,7 @@ def evaluate(
     DataError: no batches, or predictions of the wrong shape.
   """
   rows: list[tuple[ActionErrors, ActionErrors, ActionErrors]] = []
-  episodes, labels = [], []
+  episodes, labels, uids = [], [], []
   for batch in batches:
     true = denormalise(batch.actions, norm.action_mean, norm.action_scale)
     state = denormalise(batch.state, norm.state_mean, norm.state_scale)
@@ -222,10 +223,12 @@ def evaluate(
     start = len(episodes)
     episodes += list(episode_of(batch)) if episode_of else range(start, start + len(true))
     labels += list(label_of(batch)) if label_of else []
+    words = np.asarray(batch.uid, np.uint64)
+    uids += (words[:, 0] | words[:, 1] << np.uint64(32)).tolist()
   if not rows:
     raise DataError('open-loop evaluation: expected at least one held-out window, got none.')
   policy, hold, mean = (_concatenate([row[i] for row in rows]) for i in range(3))
-  return summarise(policy, hold, mean, episodes, labels)
+  return summarise(policy, hold, mean, episodes, labels, uids)
 
 
 def shuffled_images(batch: EventBatch) -> EventBatch:
@@ -269,8 +272,11 @@ def image_sensitivity(plain, shuffled, episodes) -> dict[str, float | int | None
   }
 
 
-def summarise(policy: ActionErrors, hold: ActionErrors, mean: ActionErrors, episodes, labels=()):
-  """OpenLoopResult of per-event errors; `episodes` [n] ids, `labels` [n] names or empty."""
+def summarise(
+  policy: ActionErrors, hold: ActionErrors, mean: ActionErrors, episodes, labels=(), uids=()
+) -> OpenLoopResult:
+  """OpenLoopResult of per-event errors; `episodes` [n] ids, `labels` [n] names and `uids` [n]
+  of events or empty."""
   scored = np.isfinite(policy.mae)
   if not scored.any():
     raise DataError(
@@ -294,15 +300,14 @@ def summarise(policy: ActionErrors, hold: ActionErrors, mean: ActionErrors, epis
     skill_mean=skill(scores[0]['mae'], scores[2]['mae']),
     by_label=by_label,
     macro_mae=float(macro),
-    rows=_rows(policy, scored, episodes, labels),
+    rows=_rows(policy, scored, {'uid': uids, 'episode': episodes, 'label': labels}),
   )
 
 
-def _rows(errors: ActionErrors, scored, episodes, labels) -> tuple[dict, ...]:
+def _rows(errors: ActionErrors, scored, facts) -> tuple[dict, ...]:
   names = [f.name for f in dataclasses.fields(errors)]
   return tuple(
-    {'episode': episodes[i]}
-    | ({'label': labels[i]} if len(labels) else {})
+    {name: values[i] for name, values in facts.items() if len(values)}
     | {f'action_{name}': float(getattr(errors, name)[i]) for name in names}
     for i in np.flatnonzero(scored)
   )
