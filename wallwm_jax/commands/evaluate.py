@@ -1,5 +1,5 @@
 """`wallwm eval openloop|video|closedloop|language`: scores of a trained run, printed and written as
-JSON."""
+JSON; `wallwm eval compare`: two such files side by side."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def add_parser(verbs) -> None:
       parser.add_argument(
         '--action-steps', help='also the action error at these numbers of denoising steps, as 1,2,4'
       )
+  parser = common.add_verb(
+    kinds,
+    'compare',
+    'two JSON files of openloop or closedloop, row against row',
+    'wallwm eval compare event.json unified.json --html compare.html',
+    run=compare,
+  )
+  parser.add_argument('first', help='JSON file of an evaluation')
+  parser.add_argument('second', help='another of the same suite')
+  parser.add_argument('--json', help='file for the differences (default: print only)')
+  parser.add_argument('--html', help='file for the differences as a page')
 
 
 def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -181,6 +192,42 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False, 
     record=record,
     delay=delay,
   )
+
+
+def compare(args: argparse.Namespace) -> None:
+  import pathlib
+
+  from wallwm_jax.evaluation import compare as comparison
+  from wallwm_jax.evaluation.base import write_json
+
+  first, second = (_read(path) for path in (args.first, args.second))
+  differences = comparison.compare(first, second)
+  found = {'suite': first['suite'], 'first': args.first, 'second': args.second}
+  found['metrics'] = comparison.to_json(differences)
+  if args.html:
+    out = pathlib.Path(args.html)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = (args.first, args.second)
+    out.write_text(comparison.render(differences, names, first['suite']), encoding='utf-8')
+  if args.json:
+    write_json(args.json, found)
+  common.print_json(found)
+
+
+def _read(path: str) -> dict:
+  """An evaluation file; DataError where it is no JSON object."""
+  import json
+  import pathlib
+
+  from wallwm_jax.types import DataError
+
+  try:
+    found = json.loads(pathlib.Path(path).read_text())
+  except ValueError as error:
+    raise DataError(f'{path}: expected the JSON of an evaluation, got {error}.') from error
+  if not isinstance(found, dict):
+    raise DataError(f'{path}: expected a JSON object, got {type(found).__name__}.')
+  return found
 
 
 def _report(args: argparse.Namespace, scores: dict, suite: dict | None = None, rows=()) -> None:
