@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from wallwm_jax.evaluation import base, page, plots
+from wallwm_jax.evaluation.action_tables import action_tables
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult
 from wallwm_jax.evaluation.language import PlanScore, TraceScore
 from wallwm_jax.evaluation.open_loop import OpenLoopResult
@@ -21,11 +22,6 @@ from wallwm_jax.types import DataError
 
 MAX_COLUMNS = 9  # frames of a video strip
 CLIP_WIDTH = 288  # least pixels of an animated rollout, all views together
-LENGTHS = {
-  'position': 'cm',
-  'endpoint': 'cm',
-  'rotation': 'deg',
-}  # unit shown for an error in m or rad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +270,7 @@ def _strip(strip: VideoStrip) -> str:
 def _actions(title: str, report: Report) -> str:
   blocks = []
   if report.open_loop:
-    blocks += _action_tables(report.open_loop)
+    blocks += action_tables(report.open_loop)
   for trace in report.actions:
     drawn = plots.action_traces(trace.predicted, trace.true, trace.mask, trace.hold)
     blocks.append(f'<h3>“{page.escape(trace.caption)}”</h3>{page.figure(drawn, "")}')
@@ -284,32 +280,6 @@ def _actions(title: str, report: Report) -> str:
     'to the pose at the start of the event.',
     *blocks,
   )
-
-
-def _action_tables(result: OpenLoopResult) -> list[str]:
-  names = {
-    'mae': 'all channels (MAE)',
-    'position': 'position, per axis',
-    'endpoint': 'position at the last step',
-    'rotation': 'rotation angle',
-    'gripper': 'gripper',
-  }
-  rows = []
-  for key, label in names.items():
-    scale = {'cm': 100, 'deg': 180 / math.pi}.get(LENGTHS.get(key), 1)
-    values = [scale * scores[key] for scores in (result.policy, result.hold, result.mean)]
-    rows.append(
-      (f'{label} [{LENGTHS[key]}]' if key in LENGTHS else label, *(f'{v:.3g}' for v in values))
-    )
-  blocks = [
-    page.table((f'error over {result.n} events', 'model', 'hold still', 'predict the mean'), rows)
-  ]
-  if result.by_label:
-    rows = [(k, n, f'{m:.3g}', f'{h:.3g}') for k, (m, h, n) in result.by_label.items()]
-    blocks.append(
-      page.details('By kind of event', page.table(('kind', 'events', 'MAE', 'hold still'), rows))
-    )
-  return blocks
 
 
 def _language(title: str, report: Report) -> str:
