@@ -170,6 +170,21 @@ def test_time_to_success_counts_turns_of_successes():
     closed_loop.time_to_success([True], [1], 0.0)
 
 
+def test_latency_of_the_copy_leaves_the_computation_out():
+  import time
+
+  calls = []
+
+  def slow():
+    calls.append(None)
+    time.sleep(0.01)
+    return jnp.ones(4) * len(calls)
+
+  copied = latency.measure_copy(slow, calls=3, warmup=1)
+  assert len(calls) == 5 and 0 < copied.p50_ms < 5
+  assert copied.hz == pytest.approx(1000 / copied.p50_ms)
+
+
 def test_latency_counts_calls_and_orders_percentiles():
   calls = []
 

@@ -43,6 +43,16 @@ def add_parser(verbs) -> None:
       )
   parser = common.add_verb(
     kinds,
+    'latency',
+    'milliseconds of one prediction and of its parts, the first call apart',
+    'wallwm eval latency --workdir runs/joint --json latency.json',
+    run=latency,
+  )
+  parser.add_argument('--workdir', required=True, help='trained run')
+  parser.add_argument('--calls', type=int, default=200, help='timed calls of each part (200)')
+  parser.add_argument('--json', help='file for the scores (default: print only)')
+  parser = common.add_verb(
+    kinds,
     'compare',
     'two JSON files of openloop or closedloop, row against row',
     'wallwm eval compare event.json unified.json --html compare.html',
@@ -192,6 +202,21 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False, 
     record=record,
     delay=delay,
   )
+
+
+def latency(args: argparse.Namespace) -> None:
+  from wallwm_jax.commands.evaluators import measure_latency
+  from wallwm_jax.evaluation.base import to_plain
+  from wallwm_jax.training.checkpoints import load_inference
+  from wallwm_jax.types import ConfigError
+
+  if args.calls < 1:
+    raise ConfigError(f'--calls: expected at least one, got {args.calls}.')
+  measured = measure_latency(*load_inference(args.workdir), calls=args.calls)
+  parts = {name: to_plain(part) | {'hz': part.hz} for name, part in measured['parts'].items()}
+  # What a fresh process waits for before its first chunk, the loading of weights not counted.
+  cold = sum(parts[name]['first_ms'] for name in ('encode the observation', 'whole prediction'))
+  _report(args, measured | {'parts': parts, 'first_chunk_ms': cold})
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from wallwm_jax.evaluation import base, page, plots
+from wallwm_jax.evaluation import base, frechet, page, plots
 from wallwm_jax.evaluation.action_tables import action_tables
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult
 from wallwm_jax.evaluation.language import PlanScore, TraceScore
@@ -231,17 +231,22 @@ def _video(title: str, report: Report) -> str:
         f'{r.psnr_end:.2f}',
         f'{r.ssim:.3f}',
         f'{r.ssim_end:.3f}',
+        '–' if math.isnan(r.frechet) else f'{r.frechet:.3g}',
       )
       for name, r in report.video.items()
     ]
-    head = ('predictor', 'events', 'PSNR [dB]', 'at the end', 'SSIM', 'at the end')
+    head = ('predictor', 'events', 'PSNR [dB]', 'at the end', 'SSIM', 'at the end', 'Frechet')
     curves = {
       'PSNR [dB]': {name.replace('_', ' '): r.psnr_curve for name, r in report.video.items()},
       'SSIM': {name.replace('_', ' '): r.ssim_curve for name, r in report.video.items()},
     }
     blocks = [
       page.table(head, rows),
-      page.figure(plots.horizon_curves(curves), 'Mean score by frame of the window.'),
+      page.figure(
+        plots.horizon_curves(curves),
+        'Mean score by frame of the window. Frechet: squared distance to the true clips on '
+        f'features of a fixed random net ({frechet.NAME}, trained on nothing; no FVD).',
+      ),
     ]
   blocks += [_strip(strip) for strip in report.strips]
   return page.section(
