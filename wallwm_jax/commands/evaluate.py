@@ -96,10 +96,12 @@ def openloop(args: argparse.Namespace) -> None:
     checks |= action_checks.duration_error(store, split)
     if counts:
       checks['by_action_steps'] = action_checks.denoising_curve(windows, params, counts, seed)
-    return result.to_json() | checks, result.rows
+    # What the errors are of: whole events, cut to the longest bucket, or fixed chunks.
+    seen = {'window': config.data.window, 'buckets': list(config.data.buckets)}
+    return result.to_json() | checks, result.rows, seen
 
-  scores, rows = _on_store(args, evaluator)
-  asked = {'split': args.split, 'limit': args.limit, 'store': args.store}
+  scores, rows, seen = _on_store(args, evaluator)
+  asked = {'split': args.split, 'limit': args.limit, 'store': args.store} | seen
   _report(args, scores, suite={'kind': 'openloop', 'seed': args.seed} | asked, rows=rows)
 
 
