@@ -93,10 +93,27 @@ def test_attempts_are_scored_by_kind_and_recorded(
   result = done.score()
   assert result.by_kind['reach'][0].value == 1 and result.by_kind['push'][0].value == 0
   assert done.rollouts.attempted.tolist() == [1, 1, 1, 3, 3, 3]
+  rows = done.rows()
+  assert [row['turns'] for row in rows] == [1, 1, 1, 3, 3, 3]
+  assert rows[0]['time_s'] == pytest.approx(8 / done.fps) and np.isnan(rows[5]['time_s'])
+  assert np.isnan(rows[0]['seam_jump']) and rows[5]['seam_jump'] > 0
+  motion = done.motion()
+  assert motion['time_to_success_n'] == 3 == motion['seam_jump_n']
   film = done.film(5)
   assert film.shape == (2, 24, 16, 16, 3)
   np.testing.assert_array_equal(film[0, :, 0, 0, 0], np.arange(1, 25))
   assert done.film(0).shape[1] == 8
+
+
+@pytest.mark.slow
+def test_latency_counts_into_the_time_of_an_attempt(world, config, store, params, suite):
+  table = attempts.caption_table(config, store)
+  chosen = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(2,)))
+  late = attempts.attempt(chosen, params, suite, table, max_steps=24, delay=4)
+  assert late.rollouts.turns.acted.shape[1] == 2  # 24 // (8 + 4)
+  times = [row['time_s'] for row in late.rows() if row['success']]
+  turns = [row['turns'] for row in late.rows() if row['success']]
+  np.testing.assert_allclose(times, 12 / late.fps * np.array(turns))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from wallwm_jax.commands import evaluators
+from wallwm_jax.commands import action_checks, evaluators
 from wallwm_jax.evaluation import open_loop
 
 
@@ -113,3 +113,35 @@ def test_latency_names_every_part(config, params):
   result = evaluators.measure_latency(config, params, calls=2)
   assert {'whole prediction', 'actions against the cache'} <= set(result['parts'])
   assert all(part.p50_ms > 0 for part in result['parts'].values())
+
+
+def test_a_policy_that_looks_is_told_from_one_that_does_not(config, store, params):
+  windows = evaluators.Windows(config, store, params.norm)
+
+  def looks(batch):
+    shade = np.asarray(batch.frames)[:, 0, 0].mean((1, 2, 3))
+    return np.broadcast_to(shade[:, None, None], batch.actions.shape)
+
+  blind = action_checks.image_sensitivity(windows, lambda batch: np.zeros(batch.actions.shape))
+  assert blind['image_shuffle_increase'] == 0 and blind['image_shuffle_n'] == len(held_out(store))
+  assert action_checks.image_sensitivity(windows, looks)['image_shuffle_increase'] != 0
+  alone = dataclasses.replace(windows, limit=1)
+  assert action_checks.image_sensitivity(alone, looks) == {}
+
+
+def test_events_last_as_long_as_those_of_their_caption(store):
+  found = action_checks.duration_error(store)
+  assert found['duration_error'] == 0 and found['duration_n'] == len(held_out(store))
+
+
+@pytest.mark.slow
+def test_denoising_curve_has_the_error_at_every_number_of_steps(config, store, params):
+  windows = evaluators.Windows(config, store, params.norm, limit=2)
+  own, rng = config.inference.action_steps, np.random.default_rng(0)
+  # Fresh weights answer zero velocity, whatever the number of steps.
+  model = jax.tree.map(lambda x: x + rng.normal(0, 0.05, x.shape).astype(x.dtype), params.model)
+  params = dataclasses.replace(params, model=model)
+  curve = action_checks.denoising_curve(windows, params, [1, own])
+  whole = evaluators.evaluate_actions(config, params, store, limit=2)
+  assert curve[str(own)].value == pytest.approx(whole.policy['mae'], rel=1e-5)
+  assert curve['1'].value != curve[str(own)].value

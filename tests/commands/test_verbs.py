@@ -32,6 +32,10 @@ def test_train_evaluate_and_export_a_tiny_run(experiment, store, tmp_path, capsy
   found = json.loads(scores.read_text())
   assert {'action_mae', 'action_mae_hold', 'action_mae_mean', 'n'} <= set(found)
   assert found['environment']['jax'] and found['n'] == 8
+  assert len(found['rows']) == 8 and found['duration_n'] == 8 and found['image_shuffle_n'] == 8
+  assert found['suite']['window'] == 'event' and found['suite']['buckets'] == [2, 4]
+  same = json.loads(run('eval', 'compare', scores, scores))['metrics']
+  assert same['action_mae']['difference'] == 0 and same['action_mae']['n'] == 8
 
   run(
     'eval', 'video', '--workdir', workdir, '--store', store.path, '--json', scores, '--limit', '2'

@@ -11,6 +11,8 @@ from wallwm_jax.evaluation.boundaries import (
   boundary_score,
   chance_score,
   match_boundaries,
+  mean_f1,
+  score_by_seconds,
   uniform_boundaries,
 )
 from wallwm_jax.types import DataError
@@ -93,3 +95,16 @@ def test_chance_of_even_events_is_perfect_and_of_uneven_ones_is_not():
 def test_bad_input(call, message):
   with pytest.raises(DataError, match=message):
     call()
+
+
+def test_tolerances_in_seconds_at_several_frame_rates():
+  """At 10 fps an offset of 3 frames is 0.3 s, at 30 fps 0.1 s."""
+  episodes = [([13], [10], 10.0), ([23], [20], 30.0)]
+  scores = score_by_seconds(episodes)
+  assert list(scores) == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
+  found = [score.matched for score in scores.values()]
+  assert found == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+  assert mean_f1(scores) == pytest.approx((4 * 0.5 + 5) / 10)
+  for bad in (([([1], [1], 0.0)], (0.1,)), ([([1], [1], 10.0)], ()), ([], (-0.1,))):
+    with pytest.raises(DataError, match='expected tolerances >= 0 s and fps > 0'):
+      score_by_seconds(*bad)

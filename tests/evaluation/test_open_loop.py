@@ -45,6 +45,44 @@ def test_errors_of_one_event_by_hand():
   assert errors.mae[0] == pytest.approx((0.3 + 0.5 + np.abs(rot6d(turn) - IDENTITY).sum()) / 20)
 
 
+def test_squares_ends_and_shape_of_one_event_by_hand():
+  true = np.zeros((1, 3, 10))
+  true[..., 3:9] = IDENTITY
+  predicted = true.copy()
+  predicted[0, :, 0] = (0.1, 0.2, 9.0)  # the third step is not supervised
+  turn = scipy.spatial.transform.Rotation.from_rotvec([0, 0, 0.3])
+  predicted[0, 1, 3:9] = rot6d(turn)
+  true[0, 1, 9] = 1
+  mask = np.ones((1, 3, 10), bool)
+  mask[:, 2] = False
+  errors = open_loop.action_errors(predicted, true, mask, ActionSpec(), np.zeros((1, 10)))
+  assert errors.position_rmse[0] == pytest.approx(np.sqrt((0.01 + 0.04) / 2))
+  assert errors.rotation_rmse[0] == pytest.approx(np.sqrt(0.09 / 2))
+  assert errors.endpoint_rotation[0] == pytest.approx(0.3)
+  assert errors.dtw[0] == pytest.approx((0.1 + 0.2) / 2)
+  assert errors.gripper_f1[0] == 0  # it never opens
+
+
+def test_shuffled_images_keep_everything_but_the_frames(setting):
+  batch = setting[0][0]
+  shown = open_loop.shuffled_images(batch)
+  np.testing.assert_array_equal(shown.frames, batch.frames[[1, 2, 0]])
+  np.testing.assert_array_equal(shown.state, batch.state)
+  np.testing.assert_array_equal(shown.actions, batch.actions)
+  one = dataclasses.replace(batch, num_frames=batch.num_frames[:1])
+  with pytest.raises(DataError, match='at least two windows'):
+    open_loop.shuffled_images(one)
+
+
+def test_image_sensitivity_is_the_paired_increase():
+  plain, shuffled = RNG.uniform(size=6), RNG.uniform(size=6)
+  found = open_loop.image_sensitivity(plain, shuffled, [0, 0, 1, 1, 2, 2])
+  assert found['image_shuffle_increase'] == pytest.approx(np.mean(shuffled) - np.mean(plain))
+  assert found['image_shuffle_increase_low'] <= found['image_shuffle_increase']
+  with pytest.raises(DataError, match='expected two arrays'):
+    open_loop.image_sensitivity([], [], [])
+
+
 @pytest.mark.parametrize('arms', [1, 2])
 def test_errors_match_scipy_for_random_poses(arms):
   predicted, true = poses(4, 5, arms), poses(4, 5, arms)
@@ -174,6 +212,8 @@ def test_scores_are_means_over_events_with_intervals_and_labels(setting):
   assert result.by_label['lift'][2] == 2
   assert result.macro_mae == pytest.approx((0.175 + 0.4) / 2, abs=1e-6)
   assert result.interval.n == 2
+  assert [row['label'] for row in result.rows] == ['push'] * 3 + ['lift'] * 2 + ['push']
+  assert np.mean([row['action_mae'] for row in result.rows]) == pytest.approx(0.25, abs=1e-6)
   assert (result.interval.low, result.interval.high) == pytest.approx((0.1, 0.4), abs=1e-6)
   flat = result.to_json()
   assert {

@@ -149,6 +149,42 @@ def test_mcnemar_is_the_exact_binomial_test(only_first, only_second, both):
   assert closed_loop.mcnemar(first, second) == pytest.approx(want)
 
 
+def test_seam_jump_is_the_first_step_over_the_pace():
+  actions = np.zeros((3, 3, 4, 10))
+  actions[:, :, :, 0] = 0.01 * np.arange(1, 5)  # pace 0.01 m a step
+  actions[0, 1, :, 0] += 0.02  # the second turn starts 0.03 m away
+  actions[0, 2, :, 0] += 9  # never carried out
+  mask = np.ones((3, 3, 4), bool)
+  acted = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
+  jumps = closed_loop.seam_jump(actions, mask, acted)
+  assert jumps[0] == pytest.approx(3) and np.isnan(jumps[1]) and jumps[2] == pytest.approx(1)
+  assert np.isnan(closed_loop.seam_jump(0 * actions, mask, acted)).all()
+  with pytest.raises(DataError, match='expected actions'):
+    closed_loop.seam_jump(actions, mask[:2], acted)
+
+
+def test_time_to_success_counts_turns_of_successes():
+  times = closed_loop.time_to_success([True, False, True], [1, 4, 3], 0.8)
+  np.testing.assert_allclose(times, [0.8, np.nan, 2.4])
+  with pytest.raises(DataError, match='turn_time > 0'):
+    closed_loop.time_to_success([True], [1], 0.0)
+
+
+def test_latency_of_the_copy_leaves_the_computation_out():
+  import time
+
+  calls = []
+
+  def slow():
+    calls.append(None)
+    time.sleep(0.01)
+    return jnp.ones(4) * len(calls)
+
+  copied = latency.measure_copy(slow, calls=3, warmup=1)
+  assert len(calls) == 5 and 0 < copied.p50_ms < 5
+  assert copied.hz == pytest.approx(1000 / copied.p50_ms)
+
+
 def test_latency_counts_calls_and_orders_percentiles():
   calls = []
 

@@ -50,6 +50,18 @@ def test_an_expert_succeeds_replans_and_then_rests(env, captions):
   assert np.all(turns.progress[last - 1:] == 100.0) and not np.any(turns.event_done[last:])
 
 
+def test_late_actions_are_waited_for_in_place(env, captions):
+  """Latency shifts what is executed and changes nothing else in a world that stands still."""
+  key = jax.random.key(0)
+  prompt, late = (
+      closed_loop(expert(captions, 2), sources.atomic, env, 0.6, key, captions,
+                  spec=LoopSpec(turns=14, bucket=2, record=True, delay=delay)) for delay in (0, 3))
+  assert late.turns.poses.shape == (14, 11, 10) and late.turns.frames.shape[:3] == (14, 2, 11)
+  np.testing.assert_array_equal(late.turns.poses[:, 3:], prompt.turns.poses)
+  np.testing.assert_array_equal(late.turns.poses[1, :3], late.turns.poses[0, None, -1].repeat(3, 0))
+  assert int(late.attempted) == int(prompt.attempted)
+
+
 def test_wrong_text_never_succeeds(env, captions):
   """The same expert, told only the instruction, goes up for ever: text reaches the policy."""
   spec = LoopSpec(turns=14, bucket=2)

@@ -18,7 +18,13 @@ from wallwm_jax.data.schema import LEVELS
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import pick_caption
 from wallwm_jax.envs.tabletop import VIEWS, TabletopConfig, env_fns, tasks
-from wallwm_jax.evaluation.closed_loop import ClosedLoopResult, evaluate
+from wallwm_jax.evaluation.base import bootstrap_interval
+from wallwm_jax.evaluation.closed_loop import (
+  ClosedLoopResult,
+  evaluate,
+  seam_jump,
+  time_to_success,
+)
 from wallwm_jax.inference import language, sources
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import (
@@ -49,21 +55,63 @@ SOURCES = (*SCRIPTS, *SPEAKERS)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attempts:
   """n finished attempts: their rollouts (NumPy, leading axis n), task kinds and instructions, and
-  the source of text that they followed."""
+  the source of text that they followed; delay: control steps waited in every turn."""
 
   rollouts: Rollout
   kinds: list[str]
   instructions: list[str]
   fps: float
   source: str
+  delay: int = 0
 
   def score(self) -> ClosedLoopResult:
-    done, planned = self.rollouts, None
-    if self.source in PLANNERS:
-      acted = done.turns.acted
-      right = np.sum(acted & (done.turns.asked == done.turns.caption), axis=1)
-      planned = right / np.where(done.attempted, done.attempted, np.nan)
-    return evaluate(done.success, done.progress, self.kinds, planned)
+    done = self.rollouts
+    return evaluate(done.success, done.progress, self.kinds, self._planned())
+
+  def rows(self) -> list[dict]:
+    """Each attempt: attempt, kind, instruction, success, progress 0..100, turns, time_s to success,
+    seam_jump, and planned of a planner; NaN where there is none."""
+    done = self.rollouts
+    columns = {
+      'attempt': range(len(self.kinds)),
+      'kind': self.kinds,
+      'instruction': self.instructions,
+      'success': done.success.tolist(),
+      'progress': done.progress.tolist(),
+      'turns': done.attempted.tolist(),
+      'time_s': self._times().tolist(),
+      'seam_jump': self._jumps().tolist(),
+    }
+    planned = self._planned()
+    columns |= {} if planned is None else {'planned': planned.tolist()}
+    return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+
+  def motion(self) -> dict:
+    """time_to_success (s, over successes) and seam_jump, each with _low, _high (95 %) and _n; only
+    those that some attempt has."""
+    flat: dict = {}
+    for name, values in (('time_to_success', self._times()), ('seam_jump', self._jumps())):
+      known = values[np.isfinite(values)]
+      if len(known):
+        found = bootstrap_interval(known)
+        flat |= {name: found.value, f'{name}_low': found.low, f'{name}_high': found.high}
+        flat[f'{name}_n'] = found.n
+    return flat
+
+  def _times(self) -> np.ndarray:
+    steps = self.rollouts.turns.actions.mask.shape[2] + self.delay
+    return time_to_success(self.rollouts.success, self.rollouts.attempted, steps / self.fps)
+
+  def _jumps(self) -> np.ndarray:
+    turns = self.rollouts.turns
+    return seam_jump(turns.actions.actions, turns.actions.mask, turns.acted)
+
+  def _planned(self) -> np.ndarray | None:
+    if self.source not in PLANNERS:
+      return None
+    done = self.rollouts
+    right = np.sum(done.turns.acted & (done.turns.asked == done.turns.caption), axis=1)
+    return right / np.where(done.attempted, done.attempted, np.nan)
 
   def asked(self, index: int) -> list[str]:
     """The caption that each turn of one attempt went by; '' where that was no caption."""
@@ -130,6 +178,7 @@ def attempt(
   source: str = '',
   planning: PlanningTable | None = None,
   record: bool = False,
+  delay: int = 0,
 ) -> Attempts:
   """Runs every task of a suite once; equal seeds give equal scenes and noise to every policy.
 
@@ -140,6 +189,8 @@ def attempt(
       held until it has run out.
     planning: for the sources that ask a VLM.
     record: keep the executed frames.
+    delay: control steps between an observation and the first action answered to it; they count into
+      max_steps.
 
   Raises:
     ConfigError: the model's cameras are not the tabletop's, or the source is unknown or needs a
@@ -152,7 +203,7 @@ def attempt(
       f'config.model.views: expected the cameras of the tabletop {VIEWS}, got {config.model.views}.'
     )
   world = TabletopConfig(image_size=config.model.image_size)
-  run = _program(config, world, max_steps, source, record)
+  run = _program(config, world, max_steps, source, record, delay)
   count = len(suite.kind)
   keys = jax.random.split(jax.random.key(seed), count)
   parts = [
@@ -164,7 +215,7 @@ def attempt(
   rollouts = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
   kinds = [tasks.TASK_KINDS[i] for i in np.asarray(suite.kind)]
   instructions = [tasks.CAPTIONS[i] for i in np.asarray(suite.instruction)]
-  return Attempts(rollouts, kinds, instructions, 1 / world.control_period, source)
+  return Attempts(rollouts, kinds, instructions, 1 / world.control_period, source, delay)
 
 
 def default_source(config: ExperimentConfig) -> str:
@@ -190,14 +241,17 @@ def _batches(count: int) -> list[np.ndarray]:
 
 
 @functools.cache
-def _program(config: ExperimentConfig, world: TabletopConfig, max_steps: int, source, record: bool):
+def _program(
+  config: ExperimentConfig, world: TabletopConfig, max_steps: int, source, record: bool, delay: int
+):
   """(params, captions, planning, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one
   program."""
   chunk = config.data.window == 'chunk'
   bucket = config.model.future if chunk else config.data.buckets[-1]
   rate = config.model.steps_per_latent
   history = config.model.history if chunk else 0
-  spec = LoopSpec(max(1, max_steps // (rate * bucket)), bucket, history, rate, record)
+  turns = max(1, max_steps // (rate * bucket + delay))
+  spec = LoopSpec(turns, bucket, history, rate, record, delay)
 
   @jax.jit
   def run(params, captions, planning, suite, keys):

@@ -1,5 +1,5 @@
 """`wallwm eval openloop|video|closedloop|language`: scores of a trained run, printed and written as
-JSON."""
+JSON; `wallwm eval compare`: two such files side by side."""
 
 from __future__ import annotations
 
@@ -30,10 +30,38 @@ def add_parser(verbs) -> None:
     if name == 'closedloop':
       add_world(parser)
       parser.add_argument('--episodes', type=int, default=98, help='attempts, shared by kinds (98)')
+      parser.add_argument(
+        '--delays', default='0', help='control steps of policy latency; several as 0,2,4 (0)'
+      )
     else:
       parser.add_argument('--store', required=True, help='event store')
       parser.add_argument('--split', default='heldout', help='split of the store (heldout)')
       parser.add_argument('--limit', type=int, help='at most this many events (all)')
+    if name == 'openloop':
+      parser.add_argument(
+        '--action-steps', help='also the action error at these numbers of denoising steps, as 1,2,4'
+      )
+  parser = common.add_verb(
+    kinds,
+    'latency',
+    'milliseconds of one prediction and of its parts, the first call apart',
+    'wallwm eval latency --workdir runs/joint --json latency.json',
+    run=latency,
+  )
+  parser.add_argument('--workdir', required=True, help='trained run')
+  parser.add_argument('--calls', type=int, default=200, help='timed calls of each part (200)')
+  parser.add_argument('--json', help='file for the scores (default: print only)')
+  parser = common.add_verb(
+    kinds,
+    'compare',
+    'two JSON files of openloop or closedloop, row against row',
+    'wallwm eval compare event.json unified.json --html compare.html',
+    run=compare,
+  )
+  parser.add_argument('first', help='JSON file of an evaluation')
+  parser.add_argument('second', help='another of the same suite')
+  parser.add_argument('--json', help='file for the differences (default: print only)')
+  parser.add_argument('--html', help='file for the differences as a page')
 
 
 def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -56,9 +84,35 @@ def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def openloop(args: argparse.Namespace) -> None:
-  from wallwm_jax.commands.evaluators import evaluate_actions
+  from wallwm_jax.commands import action_checks
+  from wallwm_jax.commands.evaluators import Windows, action_predictor, evaluate_actions
 
-  _report(args, _on_store(args, evaluate_actions).to_json())
+  counts = _counts(args.action_steps, '--action-steps', 1)
+
+  def evaluator(config, params, store, *, split, limit, seed):
+    result = evaluate_actions(config, params, store, split=split, limit=limit, seed=seed)
+    windows = Windows(config, store, params.norm, split, limit)
+    checks = action_checks.image_sensitivity(windows, action_predictor(config, params, seed))
+    checks |= action_checks.duration_error(store, split)
+    if counts:
+      checks['by_action_steps'] = action_checks.denoising_curve(windows, params, counts, seed)
+    # What the errors are of: whole events, cut to the longest bucket, or fixed chunks.
+    seen = {'window': config.data.window, 'buckets': list(config.data.buckets)}
+    return result.to_json() | checks, result.rows, seen
+
+  scores, rows, seen = _on_store(args, evaluator)
+  asked = {'split': args.split, 'limit': args.limit, 'store': args.store} | seen
+  _report(args, scores, suite={'kind': 'openloop', 'seed': args.seed} | asked, rows=rows)
+
+
+def _counts(text: str | None, name: str, least: int) -> list[int]:
+  """'1,2,4' as numbers of steps, none below `least`; ConfigError where it is something else."""
+  from wallwm_jax.types import ConfigError
+
+  parts = text.split(',') if text else []
+  if not all(part.isdecimal() and int(part) >= least for part in parts):
+    raise ConfigError(f'{name}: expected numbers >= {least} such as 1,2,4, got {text!r}.')
+  return [int(part) for part in parts]
 
 
 def video(args: argparse.Namespace) -> None:
@@ -90,11 +144,23 @@ def language(args: argparse.Namespace) -> None:
 
 
 def closedloop(args: argparse.Namespace) -> None:
+  from wallwm_jax.evaluation.closed_loop import mcnemar
+
   per_kind = max(1, args.episodes // len(_task_kinds(args.tasks)))
-  attempts = run_attempts(args, per_kind)
-  asked = {'tasks': args.tasks, 'max_steps': args.max_steps, 'untrained': args.untrained}
-  asked['source'] = attempts.source
-  _report(args, attempts.score().to_json() | asked)
+  delays = _counts(args.delays, '--delays', 0)
+  attempts, *others = (run_attempts(args, per_kind, delay=delay) for delay in delays)
+  shared = {'tasks': args.tasks, 'max_steps': args.max_steps}
+  asked = shared | {'untrained': args.untrained, 'source': attempts.source, 'delay': delays[0]}
+  scores = attempts.score().to_json() | attempts.motion() | asked
+  if others:
+    scores['by_delay'] = {
+      str(run.delay): run.score().to_json()
+      | run.motion()
+      | {'mcnemar_p': mcnemar(attempts.rollouts.success, run.rollouts.success)}
+      for run in (attempts, *others)
+    }
+  suite = {'kind': 'closedloop', 'seed': args.seed, 'episodes': len(attempts.kinds)} | shared
+  _report(args, scores, suite=suite, rows=attempts.rows())
 
 
 def _task_kinds(chosen: str) -> tuple[str, ...]:
@@ -105,7 +171,7 @@ def _task_kinds(chosen: str) -> tuple[str, ...]:
   return groups.get(chosen) or tuple(chosen.split(','))
 
 
-def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
+def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False, delay: int = 0):
   """The attempts that the arguments of `add_world` describe."""
   import jax
 
@@ -136,12 +202,67 @@ def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False):
     source=source,
     planning=planning,
     record=record,
+    delay=delay,
   )
 
 
-def _report(args: argparse.Namespace, scores: dict) -> None:
+def latency(args: argparse.Namespace) -> None:
+  from wallwm_jax.commands.evaluators import measure_latency
+  from wallwm_jax.evaluation.base import to_plain
+  from wallwm_jax.training.checkpoints import load_inference
+  from wallwm_jax.types import ConfigError
+
+  if args.calls < 1:
+    raise ConfigError(f'--calls: expected at least one, got {args.calls}.')
+  measured = measure_latency(*load_inference(args.workdir), calls=args.calls)
+  parts = {name: to_plain(part) | {'hz': part.hz} for name, part in measured['parts'].items()}
+  # What a fresh process waits for before its first chunk, the loading of weights not counted.
+  cold = sum(parts[name]['first_ms'] for name in ('encode the observation', 'whole prediction'))
+  _report(args, measured | {'parts': parts, 'first_chunk_ms': cold})
+
+
+def compare(args: argparse.Namespace) -> None:
+  import pathlib
+
+  from wallwm_jax.evaluation import compare as comparison
+  from wallwm_jax.evaluation.base import write_json
+
+  first, second = (_read(path) for path in (args.first, args.second))
+  differences = comparison.compare(first, second)
+  found = {'suite': first['suite'], 'first': args.first, 'second': args.second}
+  found['metrics'] = comparison.to_json(differences)
+  if args.html:
+    out = pathlib.Path(args.html)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = (args.first, args.second)
+    out.write_text(comparison.render(differences, names, first['suite']), encoding='utf-8')
+  if args.json:
+    write_json(args.json, found)
+  common.print_json(found)
+
+
+def _read(path: str) -> dict:
+  """An evaluation file; DataError where it is no JSON object."""
+  import json
+  import pathlib
+
+  from wallwm_jax.types import DataError
+
+  try:
+    found = json.loads(pathlib.Path(path).read_text())
+  except ValueError as error:
+    raise DataError(f'{path}: expected the JSON of an evaluation, got {error}.') from error
+  if not isinstance(found, dict):
+    raise DataError(f'{path}: expected a JSON object, got {type(found).__name__}.')
+  return found
+
+
+def _report(args: argparse.Namespace, scores: dict, suite: dict | None = None, rows=()) -> None:
+  """Prints scores; the file also says what was asked (suite) and has a row per event or attempt."""
   from wallwm_jax.evaluation.base import environment, write_json
 
   if args.json:
-    write_json(args.json, scores | {'workdir': args.workdir, 'environment': environment()})
+    more = {'suite': suite, 'rows': rows} if suite else {}
+    whole = scores | more | {'workdir': args.workdir, 'environment': environment()}
+    write_json(args.json, whole)
   common.print_json(scores)

@@ -284,7 +284,11 @@ def measure_latency(config: ExperimentConfig, params: InferenceParams, *, calls:
     'actions against the cache': lambda: act(params, cond, cache, noise.action),
     'whole prediction': lambda: whole(params, encode(params, obs, batch.text), noise).chunk.actions,
   }
-  return latency.measure_parts(parts, calls=calls)
+  measured = latency.measure_parts(parts, calls=calls)
+  measured['parts']['actions to the host'] = latency.measure_copy(
+    lambda: act(params, cond, cache, noise.action), calls=calls
+  )
+  return measured
 
 
 def _ones(function, *args):

@@ -8,11 +8,14 @@ reported beside `uniform_boundaries` with the true count.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from wallwm_jax.types import DataError
+
+TOLERANCES = tuple(round(0.05 * i, 2) for i in range(1, 11))  # s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,43 @@ def boundary_score(episodes: Iterable[tuple], tolerance: int) -> BoundaryScore:
     predicted += len(p)
     true += len(t)
   return BoundaryScore(matched, predicted, true)
+
+
+def score_by_seconds(
+  episodes: Iterable[tuple], tolerances: Sequence[float] = TOLERANCES
+) -> dict[float, BoundaryScore]:
+  """Scores at tolerances in seconds, pooled over episodes of any frame rate.
+
+  Args:
+    episodes: (predicted [p], true [t], fps) of each episode, in frames; tolerances: s. A tolerance
+      reaches as many whole frames as fit into it.
+
+  Returns:
+    {tolerance: score}; `mean_f1` averages them.
+
+  Raises:
+    DataError: no or negative tolerances, fps <= 0, and as `match_boundaries`.
+  """
+  episodes = list(episodes)
+  if not tolerances or min(tolerances) < 0 or any(not fps > 0 for *_, fps in episodes):
+    raise DataError(
+      f'score_by_seconds: expected tolerances >= 0 s and fps > 0, got {tolerances} and '
+      f'{sorted({fps for *_, fps in episodes})}.'
+    )
+  scores = {}
+  for tolerance in tolerances:
+    matched = predicted = true = 0
+    for p, t, fps in episodes:
+      # 0.3 s at 10 fps are 3 frames, also where the product is 2.9999.
+      matched += len(match_boundaries(p, t, math.floor(tolerance * fps + 1e-9)))
+      predicted, true = predicted + len(p), true + len(t)
+    scores[tolerance] = BoundaryScore(matched, predicted, true)
+  return scores
+
+
+def mean_f1(scores: Mapping[float, BoundaryScore]) -> float:
+  """Mean F1 over the tolerances of `score_by_seconds`."""
+  return sum(score.f1 for score in scores.values()) / len(scores)
 
 
 def uniform_boundaries(num_frames: int, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from wallwm_jax.evaluation.base import Interval, bootstrap_interval, wilson_interval
+from wallwm_jax.geometry.poses import POSE_WIDTH
 from wallwm_jax.types import DataError
 
 
@@ -109,6 +110,61 @@ def _shares(planned, success) -> Interval | None:
       f'{planned.shape}: {planned}.'
     )
   return bootstrap_interval(known) if len(known) else None
+
+
+def seam_jump(actions, mask, acted) -> np.ndarray:
+  """How far the first target of a turn lies from where the turn before ended, over the median step
+  within turns: 1 is a motion that goes on at its pace, 0 one that stops.
+
+  Actions are relative to the pose reached when they are asked for, so the distance is the length of
+  the first one. Positions of all arms count as one vector.
+
+  Args:
+    actions: [n, T, K, A] relative, position m first in every 10 channels; mask: [n, T, K] valid
+      steps; acted: [n, T] turns that were carried out.
+
+  Returns:
+    float64 [n]: mean over an attempt's seams; NaN where it has none, or its targets do not move.
+
+  Raises:
+    DataError: shapes that do not go together.
+  """
+  actions, mask, acted = np.asarray(actions, np.float64), np.asarray(mask, bool), np.asarray(acted)
+  if actions.ndim != 4 or mask.shape != actions.shape[:3] or acted.shape != mask.shape[:2]:
+    raise DataError(
+      f'seam_jump: expected actions [n, T, K, A], mask [n, T, K] and acted [n, T], got '
+      f'{actions.shape}, {mask.shape}, {acted.shape}.'
+    )
+  arms = actions.reshape(*actions.shape[:3], -1, POSE_WIDTH)
+  position = arms[..., :3].reshape(*actions.shape[:3], -1)
+  steps = np.linalg.norm(np.diff(position, axis=2), axis=-1)
+  valid = mask[:, :, 1:] & mask[:, :, :-1] & acted.astype(bool)[:, :, None]
+  seams = acted.astype(bool)[:, 1:] & acted.astype(bool)[:, :-1] & mask[:, 1:, 0]
+  first = np.linalg.norm(position[:, 1:, 0], axis=-1)
+  jumps = np.full(len(actions), np.nan)
+  for i in range(len(actions)):
+    pace = np.median(steps[i][valid[i]]) if valid[i].any() else 0.0
+    if pace > 0 and seams[i].any():
+      jumps[i] = first[i][seams[i]].mean() / pace
+  return jumps
+
+
+def time_to_success(success, turns, turn_time: float) -> np.ndarray:
+  """Seconds until success was seen, to the turn: float64 [n], NaN for attempts that failed.
+
+  Args:
+    success: [n] bool; turns: [n] turns acted on; turn_time: s of one turn, waiting included.
+
+  Raises:
+    DataError: lengths that differ, or turn_time <= 0.
+  """
+  success, turns = np.asarray(success, bool), np.asarray(turns, np.float64)
+  if success.shape != turns.shape or success.ndim != 1 or not turn_time > 0:
+    raise DataError(
+      f'time_to_success: expected success and turns [n] and turn_time > 0, got {success.shape}, '
+      f'{turns.shape}, {turn_time}.'
+    )
+  return np.where(success, turns * turn_time, np.nan)
 
 
 def mcnemar(first, second) -> float:

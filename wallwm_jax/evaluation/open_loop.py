@@ -3,7 +3,8 @@
 Errors of one event are means over its supervised action steps; the numbers reported are means over
 events. `action_mae` is the mean absolute difference over all supervised channels (position in m,
 the six rotation-matrix entries and the gripper as they stand); the groups are reported in units of
-their own: position m, rotation rad (geodesic angle), gripper 0..1.
+their own: position m, rotation rad (geodesic angle), gripper 0..1. Shape is told apart from timing
+by the distance along the best alignment of both paths (`alignment.dtw`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from wallwm_jax.config import ActionSpec
+from wallwm_jax.evaluation import alignment
 from wallwm_jax.evaluation.base import Interval, bootstrap_interval, skill
 from wallwm_jax.geometry.poses import POSE_WIDTH, geodesic_angle, rot6d_to_matrix
 from wallwm_jax.types import DataError, EventBatch, NormStats
@@ -28,8 +30,10 @@ class ActionErrors:
   """Errors of n events; every field [n], NaN where an event has nothing supervised in that group.
 
   mae: over all supervised channels; position: mean absolute error per axis m; rotation: mean
-  geodesic angle rad; gripper: mean absolute error; endpoint: position distance at the last
-  supervised step m.
+  geodesic angle rad; gripper: mean absolute error; endpoint, endpoint_rotation: position distance m
+  and angle rad at the last supervised step; position_rmse m, rotation_rmse rad: root of the mean
+  square of distances and angles over steps; dtw: m per aligned pair of positions; gripper_f1: of
+  openings and closings, 1 is best, NaN also where there is none.
   """
 
   mae: np.ndarray
@@ -37,15 +41,22 @@ class ActionErrors:
   rotation: np.ndarray
   gripper: np.ndarray
   endpoint: np.ndarray
+  endpoint_rotation: np.ndarray
+  position_rmse: np.ndarray
+  rotation_rmse: np.ndarray
+  dtw: np.ndarray
+  gripper_f1: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoopResult:
   """Errors of the policy and of the baselines over the same n events.
 
-  policy, hold, mean: {'mae', 'position', 'rotation', 'gripper', 'endpoint': mean over events}.
+  policy, hold, mean: {field of ActionErrors: mean over the events that have it}.
   interval: of the policy's mae, bootstrapped over episodes. skill_hold, skill_mean: 1 - mae /
   baseline mae. by_label: {label: (policy mae, hold mae, events)}; macro_mae: mean over labels.
+  rows: the policy's errors of each scored event, with 'episode' and, where known, 'uid' and
+  'label'.
   """
 
   n: int
@@ -57,6 +68,7 @@ class OpenLoopResult:
   skill_mean: float
   by_label: dict[str, tuple[float, float, int]]
   macro_mae: float
+  rows: tuple[dict, ...] = ()
 
   def to_json(self) -> dict:
     """Flat keys for scripts: action_mae, action_mae_hold, action_mae_mean, action_position, ...,
@@ -73,12 +85,14 @@ class OpenLoopResult:
     return flat | {'by_label': rows}
 
 
-def action_errors(predicted, true, mask, spec: ActionSpec) -> ActionErrors:
+def action_errors(predicted, true, mask, spec: ActionSpec, state=None) -> ActionErrors:
   """Errors of each event.
 
   Args:
     predicted, true: [B, K, A] physical units, relative to the anchor pose.
     mask: [B, K, A], True where a channel is supervised.
+    state: [B, A] absolute at the anchor, for the gripper before the first step; None = as the first
+      true step says.
 
   Raises:
     DataError: shapes that differ, or an A that is not the spec's.
@@ -97,14 +111,36 @@ def action_errors(predicted, true, mask, spec: ActionSpec) -> ActionErrors:
   angle = geodesic_angle(rot6d_to_matrix(predicted[..., 3:9]), rot6d_to_matrix(true[..., 3:9]))
   difference = np.abs(predicted - true)
   distance = np.linalg.norm(predicted[..., :3] - true[..., :3], axis=-1)
-  has_position = mask_arms[..., :3].all(-1)
+  has_position, has_rotation = mask_arms[..., :3].all(-1), mask_arms[..., 3:9].all(-1)
+  before = true[:, 0] if state is None else np.asarray(state).reshape(len(true), -1, POSE_WIDTH)
   return ActionErrors(
     mae=_masked_mean(absolute, mask),
     position=_masked_mean(difference[..., :3], mask_arms[..., :3]),
-    rotation=_masked_mean(angle, mask_arms[..., 3:9].all(-1)),
+    rotation=_masked_mean(angle, has_rotation),
     gripper=_masked_mean(difference[..., 9], mask_arms[..., 9]),
     endpoint=_masked_mean(distance, _last_step(has_position)),
+    endpoint_rotation=_masked_mean(angle, _last_step(has_rotation)),
+    position_rmse=np.sqrt(_masked_mean(distance**2, has_position)),
+    rotation_rmse=np.sqrt(_masked_mean(angle**2, has_rotation)),
+    dtw=_path_distance(predicted[..., :3], true[..., :3], has_position),
+    gripper_f1=alignment.gripper_f1(
+      predicted[..., 9], true[..., 9], before[..., 9], mask_arms[..., 9]
+    ),
   )
+
+
+def _path_distance(predicted, true, valid) -> np.ndarray:
+  """`alignment.dtw` [B] of the supervised steps of position paths [B, K, R, 3], mean over arms that
+  have any; valid: [B, K, R]."""
+  scores = []
+  for arm in range(valid.shape[2]):
+    keep = valid[:, :, arm]
+    order = np.argsort(~keep, axis=1, kind='stable')[..., None]  # supervised steps first
+    paths = [np.take_along_axis(x[:, :, arm], order, axis=1) for x in (predicted, true)]
+    lengths = keep.sum(1)
+    scores.append(alignment.dtw(*paths, lengths, lengths))
+  scores = np.stack(scores, 1)
+  return _masked_mean(scores, np.isfinite(scores))
 
 
 def hold_actions(state, steps: int) -> np.ndarray:
@@ -173,7 +209,7 @@ def evaluate(
     DataError: no batches, or predictions of the wrong shape.
   """
   rows: list[tuple[ActionErrors, ActionErrors, ActionErrors]] = []
-  episodes, labels = [], []
+  episodes, labels, uids = [], [], []
   for batch in batches:
     true = denormalise(batch.actions, norm.action_mean, norm.action_scale)
     state = denormalise(batch.state, norm.state_mean, norm.state_scale)
@@ -183,18 +219,64 @@ def evaluate(
       hold_actions(state, steps),
       np.broadcast_to(mean_action[np.minimum(np.arange(steps), len(mean_action) - 1)], true.shape),
     )
-    rows.append(tuple(action_errors(guess, true, mask, spec) for guess in guesses))
+    rows.append(tuple(action_errors(guess, true, mask, spec, state) for guess in guesses))
     start = len(episodes)
     episodes += list(episode_of(batch)) if episode_of else range(start, start + len(true))
     labels += list(label_of(batch)) if label_of else []
+    words = np.asarray(batch.uid, np.uint64)
+    uids += (words[:, 0] | words[:, 1] << np.uint64(32)).tolist()
   if not rows:
     raise DataError('open-loop evaluation: expected at least one held-out window, got none.')
   policy, hold, mean = (_concatenate([row[i] for row in rows]) for i in range(3))
-  return summarise(policy, hold, mean, episodes, labels)
+  return summarise(policy, hold, mean, episodes, labels, uids)
 
 
-def summarise(policy: ActionErrors, hold: ActionErrors, mean: ActionErrors, episodes, labels=()):
-  """OpenLoopResult of per-event errors; `episodes` [n] ids, `labels` [n] names or empty."""
+def shuffled_images(batch: EventBatch) -> EventBatch:
+  """The batch with the frames (and present cameras) of each window taken from the next one; state,
+  text and actions stay.
+
+  Raises:
+    DataError: a batch of fewer than two windows.
+  """
+  if len(batch.num_frames) < 2:
+    raise DataError('shuffled_images: expected at least two windows in a batch, got one or none.')
+  frames, views = (np.roll(np.asarray(x), -1, 0) for x in (batch.frames, batch.view_mask))
+  return dataclasses.replace(batch, frames=frames, view_mask=views)
+
+
+def image_sensitivity(plain, shuffled, episodes) -> dict[str, float | int | None]:
+  """How much worse actions get when a policy is shown the images of other events.
+
+  Args:
+    plain, shuffled: [n] mae of the same events; episodes: [n] ids for the bootstrap.
+
+  Returns:
+    image_shuffle_mae, image_shuffle_increase (mean of shuffled - plain, with _low and _high of
+    95 %), image_shuffle_n. An increase near 0 means that the policy does not look.
+
+  Raises:
+    DataError: lengths that differ, or no event.
+  """
+  plain, shuffled = np.asarray(plain, np.float64), np.asarray(shuffled, np.float64)
+  if plain.shape != shuffled.shape or plain.ndim != 1 or not len(plain):
+    raise DataError(
+      f'image_sensitivity: expected two arrays [n], n >= 1, got {plain.shape}, {shuffled.shape}.'
+    )
+  change = bootstrap_interval(shuffled - plain, episodes)
+  return {
+    'image_shuffle_mae': float(shuffled.mean()),
+    'image_shuffle_increase': change.value,
+    'image_shuffle_increase_low': change.low,
+    'image_shuffle_increase_high': change.high,
+    'image_shuffle_n': len(plain),
+  }
+
+
+def summarise(
+  policy: ActionErrors, hold: ActionErrors, mean: ActionErrors, episodes, labels=(), uids=()
+) -> OpenLoopResult:
+  """OpenLoopResult of per-event errors; `episodes` [n] ids, `labels` [n] names and `uids` [n]
+  of events or empty."""
   scored = np.isfinite(policy.mae)
   if not scored.any():
     raise DataError(
@@ -218,6 +300,16 @@ def summarise(policy: ActionErrors, hold: ActionErrors, mean: ActionErrors, epis
     skill_mean=skill(scores[0]['mae'], scores[2]['mae']),
     by_label=by_label,
     macro_mae=float(macro),
+    rows=_rows(policy, scored, {'uid': uids, 'episode': episodes, 'label': labels}),
+  )
+
+
+def _rows(errors: ActionErrors, scored, facts) -> tuple[dict, ...]:
+  names = [f.name for f in dataclasses.fields(errors)]
+  return tuple(
+    {name: values[i] for name, values in facts.items() if len(values)}
+    | {f'action_{name}': float(getattr(errors, name)[i]) for name in names}
+    for i in np.flatnonzero(scored)
   )
 
 

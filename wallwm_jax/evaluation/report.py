@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from wallwm_jax.evaluation import base, page, plots
+from wallwm_jax.evaluation import base, frechet, page, plots
+from wallwm_jax.evaluation.action_tables import action_tables
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult
 from wallwm_jax.evaluation.language import PlanScore, TraceScore
 from wallwm_jax.evaluation.open_loop import OpenLoopResult
@@ -21,11 +22,6 @@ from wallwm_jax.types import DataError
 
 MAX_COLUMNS = 9  # frames of a video strip
 CLIP_WIDTH = 288  # least pixels of an animated rollout, all views together
-LENGTHS = {
-  'position': 'cm',
-  'endpoint': 'cm',
-  'rotation': 'deg',
-}  # unit shown for an error in m or rad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,17 +231,22 @@ def _video(title: str, report: Report) -> str:
         f'{r.psnr_end:.2f}',
         f'{r.ssim:.3f}',
         f'{r.ssim_end:.3f}',
+        '–' if math.isnan(r.frechet) else f'{r.frechet:.3g}',
       )
       for name, r in report.video.items()
     ]
-    head = ('predictor', 'events', 'PSNR [dB]', 'at the end', 'SSIM', 'at the end')
+    head = ('predictor', 'events', 'PSNR [dB]', 'at the end', 'SSIM', 'at the end', 'Frechet')
     curves = {
       'PSNR [dB]': {name.replace('_', ' '): r.psnr_curve for name, r in report.video.items()},
       'SSIM': {name.replace('_', ' '): r.ssim_curve for name, r in report.video.items()},
     }
     blocks = [
       page.table(head, rows),
-      page.figure(plots.horizon_curves(curves), 'Mean score by frame of the window.'),
+      page.figure(
+        plots.horizon_curves(curves),
+        'Mean score by frame of the window. Frechet: squared distance to the true clips on '
+        f'features of a fixed random net ({frechet.NAME}, trained on nothing; no FVD).',
+      ),
     ]
   blocks += [_strip(strip) for strip in report.strips]
   return page.section(
@@ -274,7 +275,7 @@ def _strip(strip: VideoStrip) -> str:
 def _actions(title: str, report: Report) -> str:
   blocks = []
   if report.open_loop:
-    blocks += _action_tables(report.open_loop)
+    blocks += action_tables(report.open_loop)
   for trace in report.actions:
     drawn = plots.action_traces(trace.predicted, trace.true, trace.mask, trace.hold)
     blocks.append(f'<h3>“{page.escape(trace.caption)}”</h3>{page.figure(drawn, "")}')
@@ -284,32 +285,6 @@ def _actions(title: str, report: Report) -> str:
     'to the pose at the start of the event.',
     *blocks,
   )
-
-
-def _action_tables(result: OpenLoopResult) -> list[str]:
-  names = {
-    'mae': 'all channels (MAE)',
-    'position': 'position, per axis',
-    'endpoint': 'position at the last step',
-    'rotation': 'rotation angle',
-    'gripper': 'gripper',
-  }
-  rows = []
-  for key, label in names.items():
-    scale = {'cm': 100, 'deg': 180 / math.pi}.get(LENGTHS.get(key), 1)
-    values = [scale * scores[key] for scores in (result.policy, result.hold, result.mean)]
-    rows.append(
-      (f'{label} [{LENGTHS[key]}]' if key in LENGTHS else label, *(f'{v:.3g}' for v in values))
-    )
-  blocks = [
-    page.table((f'error over {result.n} events', 'model', 'hold still', 'predict the mean'), rows)
-  ]
-  if result.by_label:
-    rows = [(k, n, f'{m:.3g}', f'{h:.3g}') for k, (m, h, n) in result.by_label.items()]
-    blocks.append(
-      page.details('By kind of event', page.table(('kind', 'events', 'MAE', 'hold still'), rows))
-    )
-  return blocks
 
 
 def _language(title: str, report: Report) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from wallwm_jax.evaluation import frechet
 from wallwm_jax.types import DataError
 
 # Mean squared error of rounding to 8 bits, the least an 8-bit frame can tell apart: a still frame
@@ -42,7 +43,9 @@ class VideoResult:
   """Means of one predictor.
 
   psnr, ssim: over all scored frames; psnr_end, ssim_end: over each event's last valid frame;
-  psnr_curve, ssim_curve: [T], by frame (NaN where nothing is predicted); n: events.
+  psnr_curve, ssim_curve: [T], by frame (NaN where nothing is predicted); n: events; frechet:
+  squared Frechet distance of its clips (one per event and view) to the true ones on the random
+  features of `frechet.NAME`, NaN for fewer than two clips.
   """
 
   psnr: float
@@ -52,6 +55,7 @@ class VideoResult:
   psnr_curve: np.ndarray
   ssim_curve: np.ndarray
   n: int
+  frechet: float = float('nan')
 
 
 def psnr(
@@ -206,21 +210,44 @@ def evaluate(
     {name: VideoResult} of every predictor and of 'copy_last'.
   """
   parts: dict[str, list[FrameScores]] = {}
+  clips: dict[str, list[np.ndarray]] = {}
+  true_clips: list[np.ndarray] = []
   for truth, predictions in batches:
     masks = {name: truth[name] for name in ('num_frames', 'view_mask', 'pixel_mask')}
     videos = dict(predictions) | {'copy_last': copy_last(truth['frames'], anchor)}
+    true_clips.append(_clips(truth['frames'], truth, np.zeros(truth['frames'].shape[:3], bool)))
     for name, video in videos.items():
-      parts.setdefault(name, []).append(score_video(video, truth['frames'], **masks, anchor=anchor))
+      scores = score_video(video, truth['frames'], **masks, anchor=anchor)
+      parts.setdefault(name, []).append(scores)
+      clips.setdefault(name, []).append(_clips(video, truth, scores.scored))
   if not parts:
     raise DataError('video evaluation: expected at least one held-out window, got none.')
-  return {name: summarise(scores) for name, scores in parts.items()}
+  real = np.concatenate(true_clips)
+  results = {}
+  for name, scores in parts.items():
+    results[name] = summarise(scores)
+    if len(real) > 1:
+      distance = frechet.frechet_distance(np.concatenate(clips[name]), real)
+      results[name] = dataclasses.replace(results[name], frechet=distance)
+  return results
+
+
+def _clips(video, truth: Mapping[str, np.ndarray], scored: np.ndarray) -> np.ndarray:
+  """Features [m, D] of the clips of present views; frames and pixels that do not count are the true
+  ones."""
+  true = unit_range(truth['frames'])
+  counted = scored[..., None, None] & np.asarray(truth['pixel_mask'], bool)[:, :, None]
+  shown = np.where(counted[..., None], unit_range(video), true)
+  batch, views = shown.shape[:2]
+  features = frechet.clip_features(shown.reshape(batch * views, *shown.shape[2:]))
+  return np.asarray(features)[np.asarray(truth['view_mask'], bool).reshape(-1)]
 
 
 def to_json(results: Mapping[str, VideoResult]) -> dict:
-  """Flat keys for scripts: psnr_<name>, psnr_end_<name>, ssim_<name>, ssim_end_<name>, n, and the
-  curves."""
-  flat: dict = {'n': max(result.n for result in results.values())}
+  """Flat keys for scripts: psnr_<name>, psnr_end_<name>, ssim_<name>, ssim_end_<name>,
+  frechet_<name>, n, the curves, and which net the Frechet distances are of."""
+  flat: dict = {'n': max(result.n for result in results.values()), 'frechet_net': frechet.NAME}
   for name, result in results.items():
-    for key in ('psnr', 'psnr_end', 'ssim', 'ssim_end', 'psnr_curve', 'ssim_curve'):
+    for key in ('psnr', 'psnr_end', 'ssim', 'ssim_end', 'psnr_curve', 'ssim_curve', 'frechet'):
       flat[f'{key}_{name}'] = getattr(result, key)
   return flat

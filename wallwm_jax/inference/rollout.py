@@ -37,7 +37,9 @@ class LoopSpec:
   """Static shape of a rollout.
 
   turns: events or chunks at most; bucket: N, longest event in latents; history: M latents of past
-  frames kept; steps_per_latent: frames per latent; record: keep the executed frames.
+  frames kept; steps_per_latent: frames per latent; record: keep the executed frames; delay: control
+  steps that pass between an observation and the first action answered to it (the latency of the
+  policy), in which the robot holds its last target.
   """
 
   turns: int
@@ -45,6 +47,7 @@ class LoopSpec:
   history: int = 0
   steps_per_latent: int = 4
   record: bool = False
+  delay: int = 0
 
 
 @pytree_dataclass
@@ -55,7 +58,8 @@ class Turn:
   is no caption; acted: False once the task had succeeded (what such a turn planned was not carried
   out); event_done: the environment moved on to another event or succeeded; progress: 0..100
   afterwards; actions: [K, A] relative to the pose at call time, with mask [K]; poses: [K, A]
-  reached; frames: [V, K, H, W, 3] or None where they are not recorded.
+  reached; frames: [V, K, H, W, 3] or None where they are not recorded; poses and frames begin with
+  the `delay` steps that were waited.
   """
 
   caption: Int[Array, ""]
@@ -142,7 +146,9 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
     chunk = jax.tree.map(lambda x: x[0], chunk)
     clock = clock + jnp.sum(chunk.mask, dtype=jnp.int32) // spec.steps_per_latent
 
-    reached, frames, poses = env.execute(state, chunk.actions, chunk.mask)
+    late = [jnp.pad(x, [(spec.delay, 0)] + [(0, 0)] * (x.ndim - 1))  # False = hold
+            for x in (chunk.actions, chunk.mask)]
+    reached, frames, poses = env.execute(state, *late)
     seen = jnp.concatenate([past, current.frames, frames[:, :-1]], axis=1)
     moved = (reached, seen[:, seen.shape[1] - past.shape[1]:])
     state, past = jax.tree.map(lambda new, old: jnp.where(done, old, new), moved, (state, past))
