@@ -47,17 +47,26 @@ def add_parser(verbs) -> None:
     '--resume', action='store_true', help='go on where a killed build stopped'
   )
   build_.add_argument('--split', default='train', help='rlds: split to read (train)')
-  build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48)')
+  build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48, metaworld 96x96)')
   build_.add_argument('--fps', type=float, help='video: frames per second to keep (all)')
   build_.add_argument('--event-frames', type=int, default=65, help='video: frames per event (65)')
   build_.add_argument(
-    '--episodes', type=int, default=200, help='tabletop: episodes to collect (200)'
+    '--episodes', type=int, default=200, help='simulators: episodes to collect (200)'
+  )
+  build_.add_argument(
+    '--tasks', default='MT10', help='metaworld: MT10, MT50 or tasks such as reach,push (MT10)'
+  )
+  build_.add_argument(
+    '--noise', type=float, default=0.0, help='metaworld: noise on executed commands, 0..1 (0)'
+  )
+  build_.add_argument(
+    '--processes', type=int, help='metaworld: that record at once (one per core)'
   )
   build_.add_argument('--mix', default='mixed', help='tabletop: mixed, single or multi (mixed)')
   build_.add_argument(
     '--recovery', type=float, default=0.0, help='tabletop: part that recovers from a miss (0)'
   )
-  build_.add_argument('--seed', type=int, default=0, help='tabletop: seed (0)')
+  build_.add_argument('--seed', type=int, default=0, help='simulators: seed (0)')
 
   summary = 'what a store holds and what was quarantined; what raw data is and what its spec lacks'
   parser = common.add_verb(
@@ -190,6 +199,19 @@ def _tabletop(args):
   )
 
 
+def _metaworld(args):
+  from wallwm_jax.envs import metaworld
+
+  return metaworld.collect(
+    args.episodes,
+    args.seed,
+    tasks=args.tasks,
+    size=_image_size(args.size or '96x96'),
+    noise=args.noise,
+    processes=args.processes,
+  )
+
+
 def _image_size(text: str) -> tuple[int, int]:
   from wallwm_jax.types import ConfigError
 
@@ -199,7 +221,14 @@ def _image_size(text: str) -> tuple[int, int]:
   return int(height), int(width)
 
 
-READERS = {'lerobot': _lerobot, 'rlds': _rlds, 'video': _video, 'tabletop': _tabletop}
+READERS = {
+  'lerobot': _lerobot,
+  'rlds': _rlds,
+  'video': _video,
+  'tabletop': _tabletop,
+  'metaworld': _metaworld,
+}
+SIMULATORS = ('tabletop', 'metaworld')  # need no source, and record what is true
 
 
 def build(args: argparse.Namespace) -> None:
@@ -207,13 +236,14 @@ def build(args: argparse.Namespace) -> None:
   from wallwm_jax.data.prepare import Prepared, PrepareSettings
   from wallwm_jax.types import ConfigError
 
-  if args.reader != 'tabletop' and not args.source:
+  simulated = args.reader in SIMULATORS
+  if not simulated and not args.source:
     raise ConfigError(
       f'--source: expected the folder of the raw data (--reader {args.reader}), got none.'
     )
-  if args.reader == 'tabletop' and args.prepare:
-    raise ConfigError('--prepare: the tabletop records what is true; leave it out.')
-  total = args.episodes if args.reader == 'tabletop' else None
+  if simulated and args.prepare:
+    raise ConfigError(f'--prepare: {args.reader} records what is true; leave it out.')
+  total = args.episodes if simulated else None
   episodes = READERS[args.reader](args)
   with common.progress_on_stderr():
     if args.prepare:
@@ -232,6 +262,8 @@ def build(args: argparse.Namespace) -> None:
     )
   if args.prepare:
     report['lags'] = lags
+  if args.reader == 'metaworld':
+    report['experts'] = {task: vars(tally) for task, tally in episodes.attempts.items()}
   common.print_json(report)
 
 
