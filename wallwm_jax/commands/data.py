@@ -47,7 +47,9 @@ def add_parser(verbs) -> None:
     '--resume', action='store_true', help='go on where a killed build stopped'
   )
   build_.add_argument('--split', default='train', help='rlds: split to read (train)')
-  build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48, metaworld 96x96)')
+  build_.add_argument(
+    '--size', help='height x width in px (video 96x160, tabletop 48x48, metaworld 96x96)'
+  )
   build_.add_argument('--fps', type=float, help='video: frames per second to keep (all)')
   build_.add_argument('--event-frames', type=int, default=65, help='video: frames per event (65)')
   build_.add_argument(

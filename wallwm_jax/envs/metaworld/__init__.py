@@ -1,8 +1,8 @@
 """Meta-World: fifty manipulation tasks of a simulated Sawyer arm (optional, extra `metaworld`).
 
-`MetaWorldEnv` is one task in this process, `collect` gives demonstrations of the scripted experts as
-EpisodeRecord. A policy sees the rendered views and the measured pose of the hand, never the state
-of objects or goals.
+`MetaWorldEnv` is one task in this process, `collect` gives demonstrations of the scripted experts
+as EpisodeRecord. A policy sees the rendered views and the measured pose of the hand, never the
+state of objects or goals.
 """
 
 from wallwm_jax.envs.metaworld.cameras import VIEWS

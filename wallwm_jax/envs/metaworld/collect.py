@@ -22,7 +22,7 @@ from wallwm_jax.data.schema import Calibration, CaptionSpan, EpisodeRecord
 from wallwm_jax.envs.metaworld import library
 from wallwm_jax.envs.metaworld.cameras import HAND_VIEW, VIEWS
 from wallwm_jax.envs.metaworld.control import target_of
-from wallwm_jax.envs.metaworld.env import MAX_STEPS, SMALLEST, MetaWorldEnv
+from wallwm_jax.envs.metaworld.env import SMALLEST, MetaWorldEnv
 from wallwm_jax.envs.metaworld.phases import Expert, events_of
 from wallwm_jax.envs.metaworld.tasks import select_tasks
 from wallwm_jax.errors import ConfigError
@@ -124,7 +124,7 @@ def _record(env: MetaWorldEnv, name: str, rows: dict[str, list], drawn: dict) ->
 
 
 class Collection(Iterator[EpisodeRecord]):
-  """Episodes as they are recorded; `attempts` counts, by task, what the experts tried and solved."""
+  """Episodes as they are recorded; `attempts` counts by task what the experts tried and solved."""
 
   def __init__(self, plan: Plan, count: int, processes: int, progress=None):
     self.plan, self.count, self.processes = plan, count, processes

@@ -1,4 +1,4 @@
-"""One Meta-World task in this process: what a policy may see, how it acts, how the cameras stand."""
+"""One Meta-World task in this process: what a policy may see, how it acts, its cameras."""
 
 from __future__ import annotations
 
