@@ -20,7 +20,7 @@ from wallwm_jax.envs.metaworld import (
 from wallwm_jax.envs.metaworld.cameras import extrinsics_of, intrinsics_of
 from wallwm_jax.envs.metaworld.collect import episode_seed
 from wallwm_jax.envs.metaworld.control import METRES
-from wallwm_jax.envs.metaworld.phases import events_of
+from wallwm_jax.envs.metaworld.phases import RETURN, events_of
 from wallwm_jax.envs.metaworld.tasks import BRANCH_PHASES
 from wallwm_jax.errors import ConfigError, DataError
 from wallwm_jax.geometry.cameras import look_at, project
@@ -100,9 +100,11 @@ def test_events_share_frames_and_chatter_is_no_event():
 
 
 def test_an_event_that_goes_back_is_a_recovery():
-  phases = np.repeat([0, 1, 3, 0, 1, 3], 10)
+  phases = np.repeat([0, 1, 3, 0, 1, 3], RETURN)
   flags = [e.flags for e in events_of('pick-place', phases)]
   assert flags == [(), (), (), ('recovery',), ('recovery',), ()]
+  brief = np.repeat([0, 1, 3, 0, 3], [30, 30, 30, RETURN - 1, 30])
+  assert [e.label.split()[0] for e in events_of('pick-place', brief)] == ['reach', 'grasp', 'move']
 
 
 def test_seeds_of_episodes_differ():

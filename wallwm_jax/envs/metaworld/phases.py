@@ -18,7 +18,9 @@ from wallwm_jax.data.primitives import merge_runs
 from wallwm_jax.data.schema import EventSpan
 from wallwm_jax.envs.metaworld.tasks import BRANCH_PHASES, phase_caption
 
-SHORTEST = 5  # steps of an event; shorter visits to a phase are chatter of a threshold
+# Chatter of a script's thresholds is no event: a visit to a phase of fewer steps than SHORTEST, and
+# a return to an earlier phase of fewer than RETURN.
+SHORTEST, RETURN = 5, 20
 RECOVERY = 'recovery'  # flag of an event that goes back to a phase that was over
 
 
@@ -86,7 +88,8 @@ def events_of(task: str, phases: np.ndarray) -> tuple[EventSpan, ...]:
   spans: list[list[int]] = []  # start, end, phase
   for start, end in zip(cuts, cuts[1:]):
     phase = int(np.bincount(phases[start:end]).argmax())
-    if spans and spans[-1][2] == phase:
+    back = spans and phase < spans[-1][2] and end - start < RETURN
+    if spans and (back or phase == spans[-1][2]):
       spans[-1][1] = end
     else:
       spans.append([start, end, phase])
