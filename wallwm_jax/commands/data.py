@@ -38,6 +38,12 @@ def add_parser(verbs) -> None:
     help='lerobot, rlds, video: prepare episodes on the way, by all of sync,clean,segment,caption '
     'or the named steps (one more is prune, which cuts idle stretches short)',
   )
+  build_.add_argument(
+    '--format',
+    choices=('store', 'lerobot'),
+    default='store',
+    help='event store, or a LeRobot v3.0 data set of the same episodes (store)',
+  )
   build_.add_argument('--codec', choices=('zstd', 'h264'), help='pixels: exact or small (zstd)')
   build_.add_argument('--crf', type=int, help='h264: rate factor, 0 (best) .. 51 (20)')
   build_.add_argument(
@@ -246,27 +252,44 @@ def build(args: argparse.Namespace) -> None:
   if simulated and args.prepare:
     raise ConfigError(f'--prepare: {args.reader} records what is true; leave it out.')
   total = args.episodes if simulated else None
+  if args.format == 'lerobot' and (args.append or args.resume or args.heldout is not None):
+    raise ConfigError('--format lerobot: --append, --resume and --heldout are of stores only.')
   episodes = READERS[args.reader](args)
   with common.progress_on_stderr():
     if args.prepare:
       steps = PrepareSettings.of(args.prepare.split(','))
       episodes = Prepared(episodes, steps, progress=True)
       lags = [lag.to_dict() for lag in episodes.lags.values()]
-    report = build_store(
-      episodes,
-      args.out,
-      heldout=0.2 if args.heldout is None and not args.append else args.heldout,
-      total=total,
-      codec=args.codec,
-      crf=args.crf,
-      append=args.append,
-      resume=args.resume,
-    )
+    if args.format == 'lerobot':
+      report = _write_lerobot(episodes, args)
+    else:
+      report = build_store(
+        episodes,
+        args.out,
+        heldout=0.2 if args.heldout is None and not args.append else args.heldout,
+        total=total,
+        codec=args.codec,
+        crf=args.crf,
+        append=args.append,
+        resume=args.resume,
+      )
   if args.prepare:
     report['lags'] = lags
   if args.reader == 'metaworld':
     report['experts'] = {task: vars(tally) for task, tally in episodes.attempts.items()}
   common.print_json(report)
+
+
+def _write_lerobot(episodes, args: argparse.Namespace) -> dict:
+  from wallwm_jax.data.writers.lerobot import WriteSettings, write_lerobot
+  from wallwm_jax.types import ConfigError
+
+  if args.codec not in (None, 'h264'):
+    raise ConfigError(f'--format lerobot: expected --codec h264 or none, got {args.codec}.')
+  chosen = {'robot': 'sawyer' if args.reader == 'metaworld' else 'unknown'}
+  if args.crf is not None:
+    chosen['crf'] = args.crf
+  return write_lerobot(episodes, args.out, WriteSettings(**chosen))
 
 
 def cluster(args: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ BRANCH_PHASES = {
   'peg-unplug-side': '012',
   'pick-out-of-hole': '0123',
   'pick-place': '0113',
-  'pick-place-wall': '012344',
+  'pick-place-wall': '012334',
   'plate-slide': '001',
   'plate-slide-back': '00111',
   'plate-slide-back-side': '001',
