@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from typing import NamedTuple
@@ -32,13 +33,14 @@ def load() -> Library:
   Raises:
     ConfigError: a package is missing, and which to install.
   """
-  if sys.platform.startswith('linux') and not os.environ.get('DISPLAY'):
+  headless = sys.platform.startswith('linux') and not os.environ.get('DISPLAY')
+  if headless and importlib.util.find_spec('metaworld'):
     os.environ.setdefault('MUJOCO_GL', 'osmesa')
   try:
     import mujoco
     from metaworld.env_dict import ENV_CLS_MAP
     from metaworld.policies import ENV_POLICY_MAP
-  except (ImportError, OSError, AttributeError) as error:
+  except (ImportError, OSError, AttributeError, RuntimeError) as error:
     raise ConfigError(
       f'Meta-World cannot be used here: {error}. {INSTALL}; {GRAPHICS}.'
     ) from error

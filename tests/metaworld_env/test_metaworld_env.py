@@ -6,7 +6,9 @@ import warnings
 import numpy as np
 import pytest
 
-pytest.importorskip('metaworld', reason="needs pip install -e '.[metaworld]' and libosmesa6")
+pytest.importorskip(
+  'metaworld.policies', reason="needs pip install -e '.[metaworld]' and libosmesa6"
+)
 
 from wallwm_jax.data.readers.lerobot import LeRobotReader
 from wallwm_jax.data.schema import validate
