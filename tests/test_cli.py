@@ -185,6 +185,15 @@ def run(capsys, *argv: str) -> tuple[int, str]:
       ('data', 'build', '--reader', 'video', '--source', '.', '--size', 'big', '--out', 'x'),
       ['--size', 'big'],
     ),
+    (('data', 'build', '--reader', 'metaworld', '--tasks', 'MT11', '--out', 'x'), ['MT11']),
+    (
+      ('data', 'build', '--reader', 'metaworld', '--prepare', '--out', 'x'),
+      ['--prepare', 'metaworld'],
+    ),
+    (
+      ('data', 'build', '--reader', 'tabletop', '--format', 'lerobot', '--append', '--out', 'x'),
+      ['--format', '--append'],
+    ),
     (('train', '--config', 'nowhere.py', '--workdir', 'x'), ['nowhere.py', 'get_config']),
     (('train', '--config', ROOT / 'experiments/quickstart.py'), ['--workdir']),
     (

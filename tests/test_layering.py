@@ -31,7 +31,7 @@ ALLOWED = {
   'text': VOCABULARY | {'models.functional', 'parallel', 'weights'},
   'inference': VOCABULARY
   | {'models.functional', 'models.language', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
-  'envs': VOCABULARY | {'geometry', 'data.schema'},
+  'envs': VOCABULARY | {'geometry', 'data.schema', 'data.phrases', 'data.primitives'},
   'evaluation': VOCABULARY | {'envs', 'geometry', 'data'},
   'training': VOCABULARY
   | {
@@ -58,6 +58,7 @@ CONFINED = {
   'safetensors': set(),
   'tokenizers': {'text'},
   'mujoco': {'envs'},
+  'metaworld': {'envs'},
   'tensorflow': set(),
   'torch': set(),
 }

@@ -38,6 +38,12 @@ def add_parser(verbs) -> None:
     help='lerobot, rlds, video: prepare episodes on the way, by all of sync,clean,segment,caption '
     'or the named steps (one more is prune, which cuts idle stretches short)',
   )
+  build_.add_argument(
+    '--format',
+    choices=('store', 'lerobot'),
+    default='store',
+    help='event store, or a LeRobot v3.0 data set of the same episodes (store)',
+  )
   build_.add_argument('--codec', choices=('zstd', 'h264'), help='pixels: exact or small (zstd)')
   build_.add_argument('--crf', type=int, help='h264: rate factor, 0 (best) .. 51 (20)')
   build_.add_argument(
@@ -47,17 +53,28 @@ def add_parser(verbs) -> None:
     '--resume', action='store_true', help='go on where a killed build stopped'
   )
   build_.add_argument('--split', default='train', help='rlds: split to read (train)')
-  build_.add_argument('--size', help='height x width in pixels (video 96x160, tabletop 48x48)')
+  build_.add_argument(
+    '--size', help='height x width in px (video 96x160, tabletop 48x48, metaworld 96x96)'
+  )
   build_.add_argument('--fps', type=float, help='video: frames per second to keep (all)')
   build_.add_argument('--event-frames', type=int, default=65, help='video: frames per event (65)')
   build_.add_argument(
-    '--episodes', type=int, default=200, help='tabletop: episodes to collect (200)'
+    '--episodes', type=int, default=200, help='simulators: episodes to collect (200)'
+  )
+  build_.add_argument(
+    '--tasks', default='MT10', help='metaworld: MT10, MT50 or tasks such as reach,push (MT10)'
+  )
+  build_.add_argument(
+    '--noise', type=float, default=0.0, help='metaworld: noise on executed commands, 0..1 (0)'
+  )
+  build_.add_argument(
+    '--processes', type=int, help='metaworld: that record at once (one per core)'
   )
   build_.add_argument('--mix', default='mixed', help='tabletop: mixed, single or multi (mixed)')
   build_.add_argument(
     '--recovery', type=float, default=0.0, help='tabletop: part that recovers from a miss (0)'
   )
-  build_.add_argument('--seed', type=int, default=0, help='tabletop: seed (0)')
+  build_.add_argument('--seed', type=int, default=0, help='simulators: seed (0)')
 
   summary = 'what a store holds and what was quarantined; what raw data is and what its spec lacks'
   parser = common.add_verb(
@@ -190,6 +207,19 @@ def _tabletop(args):
   )
 
 
+def _metaworld(args):
+  from wallwm_jax.envs import metaworld
+
+  return metaworld.collect(
+    args.episodes,
+    args.seed,
+    tasks=args.tasks,
+    size=_image_size(args.size or '96x96'),
+    noise=args.noise,
+    processes=args.processes,
+  )
+
+
 def _image_size(text: str) -> tuple[int, int]:
   from wallwm_jax.types import ConfigError
 
@@ -199,7 +229,14 @@ def _image_size(text: str) -> tuple[int, int]:
   return int(height), int(width)
 
 
-READERS = {'lerobot': _lerobot, 'rlds': _rlds, 'video': _video, 'tabletop': _tabletop}
+READERS = {
+  'lerobot': _lerobot,
+  'rlds': _rlds,
+  'video': _video,
+  'tabletop': _tabletop,
+  'metaworld': _metaworld,
+}
+SIMULATORS = ('tabletop', 'metaworld')  # need no source, and record what is true
 
 
 def build(args: argparse.Namespace) -> None:
@@ -207,32 +244,52 @@ def build(args: argparse.Namespace) -> None:
   from wallwm_jax.data.prepare import Prepared, PrepareSettings
   from wallwm_jax.types import ConfigError
 
-  if args.reader != 'tabletop' and not args.source:
+  simulated = args.reader in SIMULATORS
+  if not simulated and not args.source:
     raise ConfigError(
       f'--source: expected the folder of the raw data (--reader {args.reader}), got none.'
     )
-  if args.reader == 'tabletop' and args.prepare:
-    raise ConfigError('--prepare: the tabletop records what is true; leave it out.')
-  total = args.episodes if args.reader == 'tabletop' else None
+  if simulated and args.prepare:
+    raise ConfigError(f'--prepare: {args.reader} records what is true; leave it out.')
+  total = args.episodes if simulated else None
+  if args.format == 'lerobot' and (args.append or args.resume or args.heldout is not None):
+    raise ConfigError('--format lerobot: --append, --resume and --heldout are of stores only.')
   episodes = READERS[args.reader](args)
   with common.progress_on_stderr():
     if args.prepare:
       steps = PrepareSettings.of(args.prepare.split(','))
       episodes = Prepared(episodes, steps, progress=True)
       lags = [lag.to_dict() for lag in episodes.lags.values()]
-    report = build_store(
-      episodes,
-      args.out,
-      heldout=0.2 if args.heldout is None and not args.append else args.heldout,
-      total=total,
-      codec=args.codec,
-      crf=args.crf,
-      append=args.append,
-      resume=args.resume,
-    )
+    if args.format == 'lerobot':
+      report = _write_lerobot(episodes, args)
+    else:
+      report = build_store(
+        episodes,
+        args.out,
+        heldout=0.2 if args.heldout is None and not args.append else args.heldout,
+        total=total,
+        codec=args.codec,
+        crf=args.crf,
+        append=args.append,
+        resume=args.resume,
+      )
   if args.prepare:
     report['lags'] = lags
+  if args.reader == 'metaworld':
+    report['experts'] = {task: vars(tally) for task, tally in episodes.attempts.items()}
   common.print_json(report)
+
+
+def _write_lerobot(episodes, args: argparse.Namespace) -> dict:
+  from wallwm_jax.data.writers.lerobot import WriteSettings, write_lerobot
+  from wallwm_jax.types import ConfigError
+
+  if args.codec not in (None, 'h264'):
+    raise ConfigError(f'--format lerobot: expected --codec h264 or none, got {args.codec}.')
+  chosen = {'robot': 'sawyer' if args.reader == 'metaworld' else 'unknown'}
+  if args.crf is not None:
+    chosen['crf'] = args.crf
+  return write_lerobot(episodes, args.out, WriteSettings(**chosen))
 
 
 def cluster(args: argparse.Namespace) -> None:
