@@ -96,7 +96,7 @@ class RotatingVideo:
     first = self._frames
     for image in frames:
       frame = av.VideoFrame.from_ndarray(image, format='rgb24')
-      frame = self._convert.reformat(frame, format='yuv420p')
+      frame = self._convert.reformat(frame, format='yuv420p', threads=1)
       frame.pts, frame.time_base = self._frames, 1 / self._fps
       self._mux(frame)
       self._frames += 1
@@ -107,6 +107,7 @@ class RotatingVideo:
     self._container = av.open(str(self.place.advance()), 'w')
     self._stream = self._container.add_stream(self._encoder, rate=self._fps, options=self._options)
     self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, 'yuv420p'
+    self._stream.codec_context.thread_count = 1  # on a busy machine several give other bytes
     self._stream.time_base = 1 / self._fps
     self._frames = self._bytes = 0
 
