@@ -55,20 +55,15 @@ class PrepareSettings:
     Raises:
       ConfigError: an unknown name, or captions without events to caption.
     """
-    known = {
-      'sync': SyncSettings,
-      'clean': CleanSettings,
-      'segment': SegmentSettings,
-      'prune': AugmentSettings,
-      'caption': CaptionSettings,
-    }
+    full = cls(prune=AugmentSettings())
+    every = {field.name: getattr(full, field.name) for field in dataclasses.fields(cls)}
     wanted = tuple(steps)
     for step in wanted:
-      if step not in known:
+      if step not in every:
         raise ConfigError(
-          f'prepare: expected steps among {sorted(known)}, got {step!r}.{nearest(step, known)}'
+          f'prepare: expected steps among {sorted(every)}, got {step!r}.{nearest(step, every)}'
         )
-    return cls(**{step: make() if step in wanted else None for step, make in known.items()})
+    return cls(**{step: default if step in wanted else None for step, default in every.items()})
 
 
 class Prepared:

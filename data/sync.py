@@ -329,14 +329,12 @@ def align(
   record: EpisodeRecord,
   rig_lag: RigLag | None,
   settings: SyncSettings = SyncSettings(),
-  own: Motion | None = None,
 ) -> EpisodeRecord | Quarantined:
   """Shifts the robot stream of an episode against its frames by the lags of its rig.
 
   Args:
     rig_lag: of the episode's rig; None where nothing tells it: for action-free episodes and for
       those shorter than min_frames, which pass through as they are.
-    own: `motion(record, settings)`, if it is at hand.
 
   Returns:
     The record, with the frames that every stream has: extrinsics per frame go with the robot
@@ -360,7 +358,7 @@ def align(
       f'got the lags of {got}.'
     )
   try:
-    own = own or motion(record, settings)
+    own = motion(record, settings)
     missing = [view for view in own.views if view not in rig_lag.lags]
     if missing or not len(own.robot):
       raise DataError(f'no lag of cameras {missing}.' if missing else 'actions without state.')

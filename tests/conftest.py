@@ -37,10 +37,10 @@ def make_state():
   """`training.state.init_state` op by op: the same numbers, but a program of all random draws of a
   tiny model takes ten seconds to compile.
   """
-  from wallwm_jax.training.state import _create
+  from wallwm_jax.training.state import fresh_state
 
   def make(config, optimizer, abstract, start=None):
-    fresh = jax.device_get(_create(config, optimizer, start))
+    fresh = jax.device_get(fresh_state(config, optimizer, start))
     return jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
   return make

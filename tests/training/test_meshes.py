@@ -13,8 +13,12 @@ from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.state import abstract_state, build_optimizer, init_state
 from wallwm_jax.training.step import make_train_step
 
-# Every axis alone would compile as much again; 'mixed' shards over all of them at once.
-MESHES = {'fsdp8': MeshConfig(fsdp=8), 'mixed': MeshConfig(fsdp=2, context=2, tensor=2)}
+MESHES = {
+  'fsdp8': MeshConfig(fsdp=8),
+  'tensor2-fsdp4': MeshConfig(tensor=2, fsdp=4),
+  'context2': MeshConfig(context=2),
+  'mixed': MeshConfig(fsdp=2, context=2, tensor=2),
+}
 STEPS = 5
 
 

@@ -80,7 +80,7 @@ def abstract_state(
   Raises:
     ConfigError: a parameter without a rule or a dimension that its mesh axes do not divide.
   """
-  shapes = jax.eval_shape(functools.partial(_create, config, optimizer))
+  shapes = jax.eval_shape(functools.partial(fresh_state, config, optimizer))
   shardings = TrainState(
       step=NamedSharding(mesh, PartitionSpec()),
       params=rules.param_shardings(shapes.params, mesh, config.mesh.rules),
@@ -104,11 +104,14 @@ def init_state(
       a video tower without grafts is completed by `functional.adopt_video`.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  create = jax.jit(functools.partial(_create, config, optimizer), out_shardings=shardings)
+  create = jax.jit(functools.partial(fresh_state, config, optimizer), out_shardings=shardings)
   return create(start=start or {})
 
 
-def _create(config, optimizer, start: Params | None = None) -> TrainState:
+def fresh_state(
+    config: ExperimentConfig, optimizer: optax.GradientTransformation, start: Params | None = None
+) -> TrainState:
+  """A state at step 0 on one device; `init_state` gives the same, sharded."""
   root = jax.random.key(config.train.seed)
   fresh = init_params(config, jax.random.fold_in(root, 0))
   start = dict(start or {})
