@@ -47,7 +47,8 @@ from wallwm_jax.types import (
 Batch = EventBatch | LanguageBatch | PackedBatch
 
 _ENDLESS = 2**60  # elements of the training stream
-_WINDOWS, _PACKED, _ROWS = range(100, 103)  # purposes of random numbers, none of the sampler's
+# Purposes of random numbers, none of the sampler's.
+_WINDOWS, _PACKED, _ROWS, _ANCHORS = range(100, 104)
 
 
 class PlanSource:
@@ -72,7 +73,8 @@ class PlanSource:
     self._batch_size, self._process_count = data.batch_size, process_count
     self._start, self._end = store.column('start'), store.column('end')
     self._moments, self._key = moments is not None, fold(data.seed, _WINDOWS)
-    self._inside = self._moments or data.window == 'chunk'
+    # Share of windows anchored anywhere in their event; the others begin with it.
+    self._midway = 1.0 if data.window == 'chunk' else data.midway
     if moments is None:
       events, self._futures = split_events(store, config), data.buckets
       buckets = event_buckets(store, config)[events]
@@ -89,7 +91,11 @@ class PlanSource:
     step, slot = deal(int(index), self._batch_size, self._process_count)
     event = int(self._events[self._plan.event(step, slot)])
     anchor, key = int(self._start[event]), mix64(self._key ^ (step * self._batch_size + slot))
-    if self._inside and not (self._moments and step % 2):
+    if self._moments:
+      inside = step % 2 == 0
+    else:
+      inside = mix64(key ^ _ANCHORS) < self._midway * 2**64
+    if inside:
       anchor += mix64(key) % (int(self._end[event]) - anchor - 1)
     return Draw(event, self._futures[self._plan.bucket(step)], anchor, key % 2**32)
 
@@ -419,7 +425,7 @@ def fingerprint(
     'store', 'latents', 'planes', 'clusters', 'workers', 'threads', 'phrasing', 'text',
     'balance_tolerance',
   )  # fmt: skip
-  off = ('photometric', 'crop')  # where 0: as in runs from before there was jitter
+  off = ('photometric', 'crop', 'midway')  # where 0: as in runs from before there were these
   data = {
     k: v
     for k, v in dataclasses.asdict(config.data).items()

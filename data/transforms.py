@@ -1,10 +1,11 @@
 """From a planned draw to one normalised training window.
 
 Window geometry (r = steps per latent = 4, N = bucket, M = history latents, stride = raw frames per
-model frame): an event window has 1 + 4N frames, anchored on the event's first frame; a chunk
-window has 4M history frames, the anchor and 4N future frames. With L model frames from the anchor
-to the end, n = min(N, ceil((L - 1) / 4)) latents are real: inside 1 + 4n frames the last frame is
-repeated and the last target held (the end pose is supervised); beyond them everything is padding.
+model frame): an event window has 1 + 4N frames, anchored on the event's first frame (or inside the
+event, see data.midway); a chunk window has 4M history frames, the anchor and 4N future frames. With
+L model frames from the anchor to the end, n = min(N, ceil((L - 1) / 4)) latents are real: inside
+1 + 4n frames the last frame is repeated and the last target held (the end pose is supervised);
+beyond them everything is padding.
 """
 
 from __future__ import annotations

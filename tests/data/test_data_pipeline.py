@@ -22,6 +22,7 @@ from wallwm_jax.data.pipeline import (
   PlanSource,
   fingerprint,
   make_dataset,
+  make_reader,
   open_stream,
 )
 from wallwm_jax.types import CheckpointError, ConfigError, NormStats
@@ -292,6 +293,22 @@ def test_chunk_anchors_cover_events_but_leave_an_action(store):
     assert start[draw.event] <= draw.anchor < end[draw.event] - 1
     offsets.setdefault(draw.event, set()).add(draw.anchor - start[draw.event])
   assert all(offsets[e] == set(range(end[e] - start[e] - 1)) for e in offsets)
+
+
+def test_a_share_of_event_windows_begins_midway_and_ends_with_its_event(store):
+  plain, config = _config(batch_size=16), _config(batch_size=16, midway=0.25)
+  source, begun = PlanSource(store, config, 1), PlanSource(store, plain, 1)
+  start, end = store.column('start'), store.column('end')
+  reader = make_reader(config, store, IDENTITY, encode_text)
+  moved = 0
+  for i in range(2000):
+    draw, same = source[i], begun[i]
+    assert (draw.event, draw.bucket) == (same.event, same.bucket)
+    assert start[draw.event] <= draw.anchor < end[draw.event] - 1
+    moved += draw.anchor != start[draw.event]
+    assert reader.window(draw).frames.max() <= end[draw.event] - 1
+  kept = np.mean(1 - 1 / (end - start - 1)[[source[i].event for i in range(2000)]])
+  assert abs(moved / 2000 - 0.25 * kept) < 0.03  # 3 standard deviations of 2,000 draws
 
 
 @pytest.mark.parametrize(

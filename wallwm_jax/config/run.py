@@ -80,6 +80,7 @@ class DataConfig:
   batch_size: int = 32  # global
   buckets: tuple[int, ...] = (4,)  # future latent frames N of each length bucket, ascending
   window: Literal['event', 'chunk'] = 'event'
+  midway: float = 0.0  # share of event windows that begin inside their event, as one replanned does
   text: Literal['caption', 'staircase'] = 'caption'  # what the towers are told by
   phrasing: Literal['canonical', 'train', 'heldout'] = 'train'  # wordings that prompts are put in
   latents: str = ''  # latents of the store's events, from `wallwm data encode`; '' = encode frames
@@ -147,6 +148,13 @@ class DataConfig:
     require(
       not self.pack or self.window == 'event',
       f'data.pack: rows hold whole events, but data.window is {self.window!r}. Set data.pack to 0.',
+    )
+    require(0 <= self.midway <= 1, f'data.midway: expected 0..1, got {self.midway}.')
+    require(
+      not self.midway or (self.window == 'event' and not self.pack and not self.latents),
+      f'data.midway={self.midway}: only event windows that are cut from frames one by one begin '
+      f'inside their event, got data.window={self.window!r}, data.pack={self.pack}, '
+      f'data.latents={self.latents!r}. Set data.midway to 0.',
     )
     for name, most in (('photometric', 1), ('crop', 0.5)):
       value = getattr(self, name)
