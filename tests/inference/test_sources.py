@@ -22,7 +22,7 @@ GO_RIGHT, GO_UP, INSTRUCTION = range(point_mass_env.NUM_CAPTIONS)
 def context(captions, make_inputs):
   """context(step, clock) before a turn whose scripted event is GO_UP."""
   obs, _ = make_inputs(frames=5)
-  rows = [jnp.int32(row) for row in (INSTRUCTION, GO_UP)]
+  rows = [jnp.array(row, jnp.int32) for row in (INSTRUCTION, [GO_RIGHT, GO_UP, -1], GO_UP)]
 
   def make(step=0, clock=0):
     return TextContext(obs, captions, *rows, jnp.int32(step), jnp.int32(clock))

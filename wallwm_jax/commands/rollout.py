@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from wallwm_jax.commands import common, evaluate, imagine
+from wallwm_jax.commands import common, imagine, worlds
 
 WIDTH = 640  # least pixels of the written video, all views side by side
 
@@ -31,7 +31,7 @@ def add_parser(verbs) -> None:
   parser.add_argument('--workdir', help='trained run')
   parser.add_argument('--out', required=True, help='video file, .mp4 or .gif')
   parser.add_argument('--seed', type=int, default=0, help='scene and noise (0)')
-  evaluate.add_world(parser, required=False)  # imagining needs no store
+  worlds.add_arguments(parser, required=False)  # imagining needs no store
   parser.add_argument('--video-only', action='store_true', help='imagine; nothing acts')
   imagine.add_arguments(parser.add_argument_group('what --video-only reads'))
 
@@ -63,8 +63,8 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
   for name in ('workdir', 'store'):
     if getattr(args, name) is None:
       raise ConfigError(f'--{name}: required unless --video-only is given.')
-  attempts = evaluate.run_attempts(args, per_kind=1, record=True)
-  films = [np.concatenate(list(attempts.film(i)), axis=2) for i in range(len(attempts.kinds))]
+  attempts = worlds.World(args, per_kind=1).attempt(record=True)
+  films = [np.concatenate(list(film), axis=2) for film in attempts.films]
   frames = np.concatenate(films)  # attempt after attempt, views side by side
   _write(out, frames, attempts.fps)
   succeeded = attempts.rollouts.success.tolist()

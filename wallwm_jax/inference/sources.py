@@ -35,7 +35,8 @@ class TextContext:
   """What a source may read before a turn.
 
   obs: what the policy is about to see, B = 1. captions: the environment's table. instruction: the
-  row of it that is the task. event: the row of the next scripted event, known to the environment
+  row of it that is the task. script: [S] rows of the events that such a task consists of, in order,
+  NOTHING behind the last. event: the row of the next scripted event, known to the environment
   alone: only sources that follow its script may read it. step: number of the turn. clock: future
   latents of all turns before it, the only time that a policy can tell.
   """
@@ -43,6 +44,7 @@ class TextContext:
   obs: Observation
   captions: CaptionTable
   instruction: Int[Array, '']
+  script: Int[Array, 'S']
   event: Int[Array, '']
   step: Int[Array, '']
   clock: Int[Array, '']
