@@ -22,13 +22,17 @@ from wallwm_jax.evaluation.closed_loop import ClosedLoopResult, evaluate, seam_j
 from wallwm_jax.inference import language, sources
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import Act, Rollout, chunk_policy, event_policy
-from wallwm_jax.inference.sources import CaptionTable, Source
+from wallwm_jax.inference.sources import Ask, CaptionTable, Source
 from wallwm_jax.models import functional
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.text.planning import PlanningTexts
 from wallwm_jax.types import ConfigError, InferenceParams
 
-SCRIPTS = {'instruction': sources.instruction, 'atomic': sources.atomic}
+SCRIPTS = {
+  'instruction': sources.instruction,
+  'atomic': sources.atomic,
+  'timed': sources.timed,
+}
 # Sources that ask a VLM, and the trained parts of the model that each needs.
 SPEAKERS = {
   'planner': (language.planner, ('heads',)),
@@ -36,7 +40,8 @@ SPEAKERS = {
   'staircase': (language.staircase, ('heads', 'staircase')),
 }
 PLANNERS = ('planner', 'conditioned')  # sources that name the caption they go by
-SOURCES = (*SCRIPTS, *SPEAKERS)
+HUMAN = 'human'  # a person, asked about one attempt at a time
+SOURCES = (*SCRIPTS, *SPEAKERS, HUMAN)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,30 +173,45 @@ def default_source(config: ExperimentConfig) -> str:
   return 'instruction' if config.data.window == 'chunk' else 'atomic'
 
 
-def check_source(params: InferenceParams, source: str) -> None:
+def check_source(params: InferenceParams, source: str, ask: Ask | None) -> None:
   """Raises ConfigError unless this model can be told by `source`."""
   if source not in SOURCES:
     raise ConfigError(f'source: expected one of {SOURCES}, got {source!r}.')
+  if (source == HUMAN) != (ask is not None):
+    raise ConfigError(
+      f'source: expected somebody to ask (ask) with {HUMAN!r} only, got {source!r}.'
+    )
   if source in SPEAKERS:
     language.require_parts(params, SPEAKERS[source][1], f'source {source!r}')
 
 
 def make_source(
-  name: str, params: InferenceParams, planning: PlanningTable | None, config: ExperimentConfig, *,
+  name: str,
+  params: InferenceParams,
+  planning: PlanningTable | None,
+  config: ExperimentConfig,
+  *,
   control_period: float,
-) -> Source:  # fmt: skip
+  ask: Ask | None = None,
+) -> Source:
   """One of SOURCES. Over chunks a plan is held until it has run out.
 
   Args:
-    planning: for the sources that ask a VLM; control_period: s between two actions of the world.
+    planning: for the sources that ask a VLM; control_period: s between two actions of the world;
+      ask: who is asked by 'human'.
   """
   if name in SCRIPTS:
     return SCRIPTS[name]
-  # Windows are cut at every stride-th frame, so that is how often the policy thinks it acts.
-  fps = 1 / (control_period * config.data.stride)
-  source = SPEAKERS[name][0](params, planning, cfg=config, fps=fps)
+  if name == HUMAN:
+    return sources.human(ask)
+  source = SPEAKERS[name][0](params, planning, cfg=config, fps=policy_rate(config, control_period))
   hold = name in PLANNERS and config.data.window == 'chunk'
   return sources.held(source) if hold else source
+
+
+def policy_rate(config: ExperimentConfig, control_period: float) -> float:
+  """Hz at which a policy thinks that it acts: windows are cut at every stride-th frame."""
+  return 1 / (control_period * config.data.stride)
 
 
 def make_act(params: InferenceParams, config: ExperimentConfig) -> tuple[Act, int, int]:

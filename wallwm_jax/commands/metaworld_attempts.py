@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from wallwm_jax.commands.attempts import (
+  HUMAN,
   Attempts,
   check_source,
   default_source,
@@ -23,7 +24,7 @@ from wallwm_jax.envs.metaworld import MAX_STEPS, VIEWS, tasks, workers
 from wallwm_jax.inference import hosted
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import new_mind
-from wallwm_jax.inference.sources import NOTHING, CaptionTable
+from wallwm_jax.inference.sources import NOTHING, Ask, CaptionTable
 from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 8  # attempts that share a call of the policy; twice as many environments are held
@@ -49,6 +50,7 @@ def attempt(
   seed: int = 0,
   source: str = '',
   planning: PlanningTable | None = None,
+  ask: Ask | None = None,
   record: bool = False,
   delay: int = 0,
   processes: int | None = None,
@@ -62,7 +64,7 @@ def attempt(
     captions: of `attempts.caption_table`, rows as in tasks.CAPTIONS.
     max_steps: control steps an attempt may take.
     source: what the policy is told by, one of SOURCES; '' = `default_source`.
-    planning: for the sources that ask a VLM.
+    planning: for the sources that ask a VLM; ask: who is asked, for 'human'.
     record: keep a frame of every executed action.
     delay: control steps between an observation and the first action answered to it; they count into
       max_steps.
@@ -74,7 +76,7 @@ def attempt(
       side that the model has not, or Meta-World is missing.
   """
   source = source or default_source(config)
-  check_source(params, source)
+  check_source(params, source, ask)
   model = config.model
   if not set(model.views) <= set(VIEWS):
     raise ConfigError(
@@ -92,7 +94,7 @@ def attempt(
     )
     for start in starts
   ]
-  decide, mind, history = _policy(config, params, source, captions, planning)
+  decide, mind, history = _policy(config, params, source, captions, planning, ask)
   turns = workers.Turns(
     size=tuple(model.image_size),
     views=tuple(model.views),
@@ -103,11 +105,15 @@ def attempt(
     record=record,
   )
   wanted = processes or min(os.cpu_count() or 1, _MOST_PROCESSES)
-  with workers.Workers(turns, hosted.lanes_of(len(asked), BATCH), wanted) as worlds:
-    done = hosted.run_attempts(
-      decide, mind, worlds, asked, workers.Move,
-      batch=BATCH, follows_script=source == 'atomic', progress=progress,
-    )  # fmt: skip
+  run = functools.partial(
+    hosted.run_attempts, decide, mind, move=workers.Move, batch=BATCH,
+    follows_script=source == 'atomic', progress=progress,
+  )  # fmt: skip
+  # A person thinks about one attempt at a time.
+  parts = [[one] for one in asked] if source == HUMAN else [asked]
+  lanes = hosted.lanes_of(max(len(part) for part in parts), BATCH)
+  with workers.Workers(turns, lanes, wanted) as worlds:
+    done = [history for part in parts for history in run(worlds=worlds, attempts=part)]
   return _attempts(done, starts, source, config, turns)
 
 
@@ -137,24 +143,28 @@ def _attempts(histories, starts, source: str, config, turns: workers.Turns) -> A
   )
 
 
-def _policy(config: ExperimentConfig, params, source: str, captions, planning):
+def _policy(config: ExperimentConfig, params, source: str, captions, planning, ask):
   """(decide, mind, history): arguments of `hosted.run_attempts`, and latents looked back on."""
-  tell = functools.partial(make_source, source, config=config, control_period=CONTROL_PERIOD)
-  program = _program(config, source)
-  mind = new_mind(tell(params, planning), captions)
+  program = _program(config, source, ask)
+  told = _source(config, source, params, planning, ask)
   _, _, history = make_act(params, config)
-  return functools.partial(program, params, captions, planning), mind, history
+  decide = functools.partial(program, params, captions, planning)
+  return decide, new_mind(told, captions), history
+
+
+def _source(config: ExperimentConfig, source: str, params, planning, ask):
+  return make_source(source, params, planning, config, control_period=CONTROL_PERIOD, ask=ask)
 
 
 @functools.cache
-def _program(config: ExperimentConfig, source: str):
+def _program(config: ExperimentConfig, source: str, ask: Ask | None):
   """(params, captions, planning, sights [b], minds [b], keys [b], fresh [b]) -> what `Decide` says;
   equal arguments share one program."""
 
   @jax.jit
   def run(params, captions, planning, sight, mind, key, fresh):
     act, bucket, _ = make_act(params, config)
-    told = make_source(source, params, planning, config, control_period=CONTROL_PERIOD)
+    told = _source(config, source, params, planning, ask)
     rate = config.model.steps_per_latent
     return hosted.batched(act, told, captions, bucket=bucket, rate=rate)(sight, mind, key, fresh)
 

@@ -1,4 +1,4 @@
-"""`wallwm rollout`: one recorded attempt in the tabletop, or an imagined video, as a film."""
+"""`wallwm rollout`: recorded attempts in a simulator, or an imagined video, as a film."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 
 from wallwm_jax.commands import common, imagine, worlds
 
+FILM_FPS = 20  # of a film, about, where a world is faster
 WIDTH = 640  # least pixels of the written video, all views side by side
 
 
@@ -14,7 +15,7 @@ def add_parser(verbs) -> None:
   parser = common.add_verb(
     verbs,
     'rollout',
-    'let a trained policy act in the tabletop and write what the cameras saw, or, with '
+    'let a trained policy act in a simulator and write what the cameras saw, or, with '
     '--video-only, what the video model imagines (.mp4 or .gif)',
     'wallwm rollout --workdir runs/quickstart/stage2 --store runs/quickstart/store '
     '--tasks push --out push.gif\n'
@@ -65,8 +66,10 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
       raise ConfigError(f'--{name}: required unless --video-only is given.')
   attempts = worlds.World(args, per_kind=1).attempt(record=True)
   films = [np.concatenate(list(film), axis=2) for film in attempts.films]
-  frames = np.concatenate(films)  # attempt after attempt, views side by side
-  _write(out, frames, attempts.fps)
+  every = max(round(attempts.fps / FILM_FPS), 1)
+  frames = np.concatenate(films)[::every]  # attempt after attempt, views side by side
+  fps = attempts.fps / every
+  _write(out, frames, fps)
   succeeded = attempts.rollouts.success.tolist()
   done = [
     {'instruction': text, 'success': ok, 'progress': progress, 'asked': attempts.asked(i)}
@@ -74,7 +77,7 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
       zip(attempts.instructions, succeeded, attempts.rollouts.progress.tolist())
     )
   ]
-  common.print_json({'out': out, 'frames': len(frames), 'fps': attempts.fps, 'attempts': done})
+  common.print_json({'out': out, 'frames': len(frames), 'fps': fps, 'attempts': done})
 
 
 def _write(out: pathlib.Path, frames, fps: float) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from wallwm_jax.commands.attempts import (
+  HUMAN,
   Attempts,
   check_source,
   default_source,
@@ -20,7 +21,7 @@ from wallwm_jax.envs.tabletop import VIEWS, TabletopConfig, env_fns, tasks
 from wallwm_jax.evaluation.closed_loop import time_to_success
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import LoopSpec, Rollout, closed_loop
-from wallwm_jax.inference.sources import CaptionTable
+from wallwm_jax.inference.sources import Ask, CaptionTable
 from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 32  # attempts that run side by side
@@ -37,6 +38,7 @@ def attempt(
   seed: int = 0,
   source: str = '',
   planning: PlanningTable | None = None,
+  ask: Ask | None = None,
   record: bool = False,
   delay: int = 0,
 ) -> Attempts:
@@ -47,7 +49,7 @@ def attempt(
     captions: of `attempts.caption_table`, rows as in tasks.CAPTIONS.
     max_steps: control steps an attempt may take; turns are as many events or chunks as fit.
     source: what the policy is told by, one of SOURCES; '' = `default_source`.
-    planning: for the sources that ask a VLM.
+    planning: for the sources that ask a VLM; ask: who is asked, for 'human'.
     record: keep the executed frames.
     delay: control steps between an observation and the first action answered to it; they count into
       max_steps.
@@ -57,20 +59,20 @@ def attempt(
       language side that the model has not.
   """
   source = source or default_source(config)
-  check_source(params, source)
+  check_source(params, source, ask)
   if config.model.views != VIEWS:
     raise ConfigError(
       f'config.model.views: expected the cameras of the tabletop {VIEWS}, got {config.model.views}.'
     )
   world = TabletopConfig(image_size=config.model.image_size)
-  run = _program(config, world, max_steps, source, record, delay)
+  run = _program(config, world, max_steps, source, ask, record, delay)
   count = len(suite.kind)
   keys = jax.random.split(jax.random.key(seed), count)
   parts = [
     jax.device_get(
       run(params, captions, planning, jax.tree.map(lambda x, i=rows: x[i], suite), keys[rows])
     )
-    for rows in _batches(count)
+    for rows in _batches(count, 1 if source == HUMAN else BATCH)
   ]
   done: Rollout = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
   waited = done.turns.actions.mask.shape[2] + delay
@@ -93,15 +95,21 @@ def _film(done: Rollout, index: int) -> np.ndarray:
   return np.moveaxis(turns, 0, 1).reshape(turns.shape[1], -1, *turns.shape[3:])
 
 
-def _batches(count: int) -> list[np.ndarray]:
+def _batches(count: int, most: int) -> list[np.ndarray]:
   """Row indices in parts of one size, so that one program fits all; the last part is filled up."""
-  size = min(BATCH, count)
+  size = min(most, count)
   return [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
 
 
 @functools.cache
 def _program(
-  config: ExperimentConfig, world: TabletopConfig, max_steps: int, source, record: bool, delay: int
+  config: ExperimentConfig,
+  world: TabletopConfig,
+  max_steps: int,
+  source: str,
+  ask: Ask | None,
+  record: bool,
+  delay: int,
 ):
   """(params, captions, planning, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one
   program."""
@@ -112,8 +120,11 @@ def _program(
     rate = config.model.steps_per_latent
     turns = max(1, max_steps // (rate * bucket + delay))
     spec = LoopSpec(turns, bucket, history, rate, record, delay)
-    told = make_source(source, params, planning, config, control_period=world.control_period)
+    period = world.control_period
+    told = make_source(source, params, planning, config, control_period=period, ask=ask)
     one = functools.partial(closed_loop, act, told, env_fns(world), captions=captions, spec=spec)
+    if source == HUMAN:
+      return jax.lax.map(lambda pair: one(task=pair[0], key=pair[1]), (suite, keys))
     return jax.vmap(lambda task, key: one(task=task, key=key))(suite, keys)
 
   return run

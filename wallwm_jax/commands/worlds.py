@@ -27,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
   )
   parser.add_argument(
     '--source',
-    choices=('instruction', 'atomic', 'planner', 'conditioned', 'staircase'),
+    choices=('instruction', 'atomic', 'timed', 'planner', 'conditioned', 'staircase', 'human'),
     default='',
     help='who tells the policy what to do: the instruction of the task; atomic, the next event of '
-    "the script; planner, the VLM's next event in features of the text encoder; conditioned, the "
-    "same in the VLM's own; staircase, its latents (default: atomic in event mode, instruction in "
-    'unified mode, staircase where that was trained)',
+    "the script; timed, the script's events one after the other, each for its usual time; planner, "
+    "the VLM's next event in features of the text encoder; conditioned, the same in the VLM's own; "
+    'staircase, its latents; human, a person at the terminal, before every turn (default: atomic '
+    'in event mode, instruction in unified mode, staircase where that was trained)',
   )
   parser.add_argument('--untrained', action='store_true', help='random weights instead')
 
@@ -65,59 +66,78 @@ class World:
     if per_kind is None:
       asked = episodes if args.episodes is None else args.episodes
       self._per_kind = max(1, asked // len(self._kinds))
-    self._load()
-
-  def _load(self) -> None:
-    from wallwm_jax.commands import attempts
-    from wallwm_jax.data.moments import caption_bank
-    from wallwm_jax.data.store import EventStore
-    from wallwm_jax.text.planning import make_planning_texts
-    from wallwm_jax.training.checkpoints import load_inference, load_source
-
-    args, names = self._args, self._captions()
-    store = EventStore(args.store)
-    self._source = args.source or attempts.default_source(load_source(args.workdir)[0])
-    bank = caption_bank(store) if self._source in attempts.SPEAKERS else None
-    self._config, self._params = load_inference(args.workdir, captions=bank)
-    self._planning = None
-    if bank is not None:
-      texts = make_planning_texts(self._config)
-      self._planning = attempts.planning_table(texts, bank, names)
-    if args.untrained:
-      self._params = attempts.untrained(self._config, self._params, args.seed)
-    self._table = attempts.caption_table(self._config, store, names)
-
-  def _captions(self) -> tuple[str, ...]:
-    if self._args.world == 'metaworld':
-      from wallwm_jax.envs.metaworld.tasks import CAPTIONS
-    else:
-      from wallwm_jax.envs.tabletop.tasks import CAPTIONS
-    return CAPTIONS
+    self._options = self._load()
 
   def attempt(self, record: bool = False, delay: int = 0):
     """Attempts of every kind of task, once (commands.attempts.Attempts)."""
-    args, policy = self._args, (self._config, self._params)
-    options = {
-      'max_steps': self.max_steps,
-      'seed': args.seed,
-      'source': self._source,
-      'planning': self._planning,
-      'record': record,
-      'delay': delay,
-    }
+    args, options = self._args, self._options | {'record': record, 'delay': delay}
     if args.world == 'metaworld':
       from wallwm_jax.commands import metaworld_attempts as world
 
       options |= {'per_task': self._per_kind, 'processes': args.processes}
+      if options['ask'] is not None:  # a bar would be in the way of the questions
+        return world.attempt(names=self._kinds, **options)
       with common.progress_bar('attempts') as progress:
-        return world.attempt(*policy, self._kinds, self._table, progress=progress, **options)
+        return world.attempt(names=self._kinds, progress=progress, **options)
     import jax
 
     from wallwm_jax.commands import tabletop_attempts as world
     from wallwm_jax.envs.tabletop import tasks
 
     suite = tasks.task_suite(jax.random.key(args.seed), self._kinds, self._per_kind)
-    return world.attempt(*policy, suite, self._table, **options)
+    return world.attempt(suite=suite, **options)
+
+  def _load(self) -> dict:
+    """Arguments of `attempt` that both worlds have."""
+    from wallwm_jax.commands import attempts
+    from wallwm_jax.data.moments import caption_bank
+    from wallwm_jax.data.store import EventStore
+    from wallwm_jax.text.planning import make_planning_texts
+    from wallwm_jax.training.checkpoints import load_inference, load_source
+
+    args, (names, control_period) = self._args, self._facts()
+    store = EventStore(args.store)
+    source = args.source or attempts.default_source(load_source(args.workdir)[0])
+    bank = caption_bank(store) if source in attempts.SPEAKERS else None
+    config, params = load_inference(args.workdir, captions=bank)
+    table, planning, ask = attempts.caption_table(config, store, names), None, None
+    if bank is not None:
+      planning = attempts.planning_table(make_planning_texts(config), bank, names)
+    if source == attempts.HUMAN:
+      ask = _terminal(config, names, table, control_period)
+    if args.untrained:
+      params = attempts.untrained(config, params, args.seed)
+    return {
+      'config': config,
+      'params': params,
+      'captions': table,
+      'max_steps': self.max_steps,
+      'seed': args.seed,
+      'source': source,
+      'planning': planning,
+      'ask': ask,
+    }
+
+  def _facts(self) -> tuple[tuple[str, ...], float]:
+    """(captions, s between two actions) of the world."""
+    if self._args.world == 'metaworld':
+      from wallwm_jax.commands.metaworld_attempts import CONTROL_PERIOD
+      from wallwm_jax.envs.metaworld.tasks import CAPTIONS
+
+      return CAPTIONS, CONTROL_PERIOD
+    from wallwm_jax.envs.tabletop import TabletopConfig
+    from wallwm_jax.envs.tabletop.tasks import CAPTIONS
+
+    return CAPTIONS, TabletopConfig().control_period
+
+
+def _terminal(config, names, table, control_period: float):
+  from wallwm_jax.commands.attempts import policy_rate
+  from wallwm_jax.commands.terminal import Terminal
+  from wallwm_jax.text.factory import make_text_encoder
+
+  latent_time = config.model.steps_per_latent / policy_rate(config, control_period)
+  return Terminal(names, table, make_text_encoder(config.model.text).encode, latent_time)
 
 
 def _tabletop_kinds(chosen: str) -> tuple[str, ...]:

@@ -127,10 +127,10 @@ class Batch:
 def run_attempts(
   decide: Decide,
   mind: Mind,
+  *,
   worlds: Worlds,
   attempts: Sequence[Attempt],
   move: Callable[[np.ndarray], Any],
-  *,
   batch: int,
   follows_script: bool,
   progress: Callable[[int, int], None] | None = None,

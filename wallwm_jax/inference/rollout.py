@@ -55,8 +55,8 @@ class Turn:
   """One turn (stacked over turns in a `Rollout`): what was asked, what was done, what came of it.
 
   caption: int32 id of the next scripted event; asked: of what the source asked for, -1 where that
-  is no caption; acted: False once the task had succeeded (what such a turn planned was not carried
-  out); event_done: the environment moved on to another event or succeeded; progress: 0..100
+  is no caption; acted: False once the task had succeeded (nothing was planned in such a turn);
+  event_done: the environment moved on to another event or succeeded; progress: 0..100
   afterwards; actions: [K, A] relative to the pose at call time, with mask [K]; poses: [K, A]
   reached, or None where only the environment knows; frames: [V, K, H, W, 3] or None where they are
   not recorded; poses and frames begin with the `delay` steps that were waited.
@@ -162,7 +162,12 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
     caption = env.caption(state)
     current = env.observe(state)
     obs = dataclasses.replace(current, frames=jnp.concatenate([past, current.frames], axis=1))
-    asked, chunk, mind = decide(Sight(obs, instruction, script, caption), mind, noise_key)
+    sight = Sight(obs, instruction, script, caption)
+    # Nobody is asked about an attempt that is over.
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                        jax.eval_shape(decide, sight, mind, noise_key)[:2])
+    asked, chunk, mind = jax.lax.cond(
+        done, lambda sight, mind: (*rest, mind), lambda *x: decide(*x, noise_key), sight, mind)
 
     late = [jnp.pad(x, [(spec.delay, 0)] + [(0, 0)] * (x.ndim - 1))  # False = hold
             for x in (chunk.actions, chunk.mask)]
