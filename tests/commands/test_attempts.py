@@ -10,13 +10,11 @@ import pytest
 
 from wallwm_jax.commands import attempts, tabletop_attempts, worlds
 from wallwm_jax.envs.tabletop import tasks
-from wallwm_jax.inference import language
+from wallwm_jax.inference import sources
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.types import (
   ConfigError,
   EnvFns,
-  InferenceParams,
-  Language,
   Observation,
   Prompt,
 )
@@ -117,27 +115,6 @@ def test_latency_counts_into_the_time_of_an_attempt(world, config, store, params
   np.testing.assert_allclose(times, 12 / late.fps * np.array(turns))
 
 
-@pytest.fixture
-def speaking(config, params):
-  """(config, params) of the same policy with a language side that is only made of numbers."""
-  side = dataclasses.replace(config.language, kind='qwen')
-  model = params.model | {'heads': {}, 'staircase': {}}
-  side_of = Language({}, {}, None, np.zeros((2, 8)), None)
-  frozen = dataclasses.replace(params.frozen, language=side_of)
-  return dataclasses.replace(config, language=side), InferenceParams(model, frozen)
-
-
-@pytest.fixture
-def one_plan(monkeypatch):
-  """A VLM that always plans the second caption of the bank, for half a second."""
-
-  def plan_of(params, reading, last, *, cfg):
-    return language.Plan(jnp.array([1]), jnp.array([0.5]), jnp.zeros((1, 2)))
-
-  monkeypatch.setattr(language, 'read', lambda *args, **kwargs: None)
-  monkeypatch.setattr(language, 'plan_of', plan_of)
-
-
 def tokens(rows: int) -> Prompt:
   return Prompt(np.zeros((rows, 4), np.int32), np.ones((rows, 4), bool))
 
@@ -168,6 +145,7 @@ def test_a_planner_is_scored_by_the_events_it_names(
     ('planner', "source 'planner': expected a model with a language side.*Train stage 3 with"),
     ('staircase', 'Train stage 3 and stage 4 with'),
     ('oracle', 'source: expected one of'),
+    ('human', 'expected somebody to ask'),
   ],
 )
 def test_sources_that_cannot_speak_are_refused(
@@ -176,6 +154,25 @@ def test_sources_that_cannot_speak_are_refused(
   table = attempts.caption_table(config, store, tasks.CAPTIONS)
   with pytest.raises(ConfigError, match=message):
     tabletop_attempts.attempt(config, params, suite, table, max_steps=8, source=source)
+
+
+@pytest.mark.slow
+def test_a_person_is_asked_about_one_attempt_after_the_other(world, config, store, params):
+  suite = tasks.task_suite(jax.random.key(0), ('reach', 'push'), 1)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(2,)))
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
+  turns = []
+
+  def ask(instruction, step, clock):
+    turns.append((tasks.CAPTIONS[int(instruction)].split()[0], int(step)))
+    return jax.tree.map(np.asarray, sources.lookup(table, int(instruction)))
+
+  done = tabletop_attempts.attempt(
+    config, params, suite, table, max_steps=24, source='human', ask=ask
+  )
+  assert done.rollouts.attempted.tolist() == [1, 3]
+  assert turns == [('reach', 0), ('push', 0), ('push', 1), ('push', 2)]
+  assert done.asked(1) == [done.instructions[1]] * 3
 
 
 def test_policies_are_told_by_what_they_were_trained_with(speaking):
