@@ -11,10 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AOT := $(VENV)/.aot
 TORCH := .cache/torch
+METAWORLD := .cache/metaworld
 CODE := wallwm_jax data kernels experiments benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint fixtures clean
+.PHONY: help quickstart test test-fast test-metaworld lint fixtures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +28,9 @@ test: $(AOT)  ## the whole test suite on CPU (PYTEST_ARGS=..., WORKERS=2)
 
 test-fast: $(AOT)  ## the tests that take seconds
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+
+test-metaworld: $(METAWORLD)/.installed  ## the tests in Meta-World (draws with the Debian package libosmesa6)
+	JAX_PLATFORMS=cpu MUJOCO_GL=osmesa $(METAWORLD)/bin/python -m pytest -q tests/metaworld_env $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff, and every file parses
 	$(BIN)/ruff check .
@@ -54,6 +58,15 @@ $(TORCH)/.installed: $(STAMP)
 	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  $$($(BIN)/python -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); \
 	  print(*c['options.extras_require']['torch-parity'].split())")
+	@touch $@
+
+# Apart from .venv: metaworld needs mujoco 3.3.0, everything else is as pinned.
+$(METAWORLD)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(METAWORLD)
+	grep -v '^mujoco' constraints.txt > $(METAWORLD)/constraints.txt
+	$(METAWORLD)/bin/python -m pip install --quiet --disable-pip-version-check -c $(METAWORLD)/constraints.txt setuptools wheel
+	$(METAWORLD)/bin/python -m pip install --quiet --disable-pip-version-check -c $(METAWORLD)/constraints.txt \
+	  --no-build-isolation -e '.[metaworld]' pytest
 	@touch $@
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt

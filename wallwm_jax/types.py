@@ -327,7 +327,8 @@ class EnvFns(NamedTuple):
   W, 3]); step(state, target [A] absolute pose + gripper) -> state; execute(state, actions [K, A]
   relative to the pose at call time, mask [K]) -> (state, frames [V, K, H, W, 3], poses [K, A]);
   caption(state) -> int32 id of the next scripted event; task_caption(state) -> int32 id of the
-  instruction; progress(state) -> float 0..100; success(state) -> bool.
+  instruction; script(state) -> int32 [S] ids of the task's events in order, -1 behind the last;
+  progress(state) -> float 0..100; success(state) -> bool.
   """
 
   reset: Callable[..., Any]
@@ -336,5 +337,6 @@ class EnvFns(NamedTuple):
   execute: Callable[..., Any]
   caption: Callable[..., Any]
   task_caption: Callable[..., Any]
+  script: Callable[..., Any]
   progress: Callable[..., Any]
   success: Callable[..., Any]

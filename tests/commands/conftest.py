@@ -1,13 +1,17 @@
 """A tiny store and the experiment file of a tiny model that fits it."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from wallwm_jax.commands import settings
 from wallwm_jax.data.schema import EpisodeRecord, EventSpan
 from wallwm_jax.data.store import EpisodeStoreWriter, EventStore
+from wallwm_jax.inference import language
 from wallwm_jax.models import functional
-from wallwm_jax.types import Frozen, InferenceParams, NormStats
+from wallwm_jax.types import Frozen, InferenceParams, Language, NormStats
 
 EXPERIMENT = """
 from wallwm_jax import config as c
@@ -79,3 +83,24 @@ def params(config) -> InferenceParams:
   widths = (10, 10, config.model.codec.channels)
   norm = NormStats(*(np.full(n, value, np.float32) for n in widths for value in (0, 2)))
   return InferenceParams(functional.init_params(config.model, jax.random.key(0)), Frozen(norm))
+
+
+@pytest.fixture
+def speaking(config, params):
+  """(config, params) of the same policy with a language side that is only made of numbers."""
+  side = dataclasses.replace(config.language, kind='qwen')
+  model = params.model | {'heads': {}, 'staircase': {}}
+  side_of = Language({}, {}, None, np.zeros((2, 8)), None)
+  frozen = dataclasses.replace(params.frozen, language=side_of)
+  return dataclasses.replace(config, language=side), InferenceParams(model, frozen)
+
+
+@pytest.fixture
+def one_plan(monkeypatch):
+  """A VLM that always plans the second caption of the bank, for half a second."""
+
+  def plan_of(params, reading, last, *, cfg):
+    return language.Plan(jnp.array([1]), jnp.array([0.5]), jnp.zeros((1, 2)))
+
+  monkeypatch.setattr(language, 'read', lambda *args, **kwargs: None)
+  monkeypatch.setattr(language, 'plan_of', plan_of)

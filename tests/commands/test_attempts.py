@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallwm_jax.commands import attempts, evaluate
+from wallwm_jax.commands import attempts, tabletop_attempts, worlds
 from wallwm_jax.envs.tabletop import tasks
-from wallwm_jax.inference import language
+from wallwm_jax.inference import sources
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.types import (
   ConfigError,
   EnvFns,
-  InferenceParams,
-  Language,
   Observation,
   Prompt,
 )
@@ -49,6 +47,7 @@ def stand_in(config) -> EnvFns:
     execute=execute,
     caption=lambda state: tasks.event_caption(state['task'].script[0]),
     task_caption=lambda state: state['task'].instruction,
+    script=lambda state: jax.vmap(tasks.event_caption)(state['task'].script),
     progress=lambda state: jnp.where(success(state), 100.0, 0.0),
     success=success,
   )
@@ -56,11 +55,11 @@ def stand_in(config) -> EnvFns:
 
 @pytest.fixture
 def world(monkeypatch):
-  monkeypatch.setattr(attempts, 'env_fns', stand_in)
-  monkeypatch.setattr(attempts, 'VIEWS', VIEWS)
-  attempts._program.cache_clear()
+  monkeypatch.setattr(tabletop_attempts, 'env_fns', stand_in)
+  monkeypatch.setattr(tabletop_attempts, 'VIEWS', VIEWS)
+  tabletop_attempts._program.cache_clear()
   yield
-  attempts._program.cache_clear()
+  tabletop_attempts._program.cache_clear()
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +68,7 @@ def suite():
 
 
 def test_caption_lengths_come_from_the_store(config, store):
-  table = attempts.caption_table(config, store)
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
   assert table.text.features.shape[0] == len(tasks.CAPTIONS) == len(table.lengths)
   median = np.ceil(np.median([np.ceil(7 / 4)] * 8 + [np.ceil(13 / 4)] * 8))
   assert set(table.lengths.tolist()) == {int(median)}  # the store knows none of these captions
@@ -80,14 +79,14 @@ def test_caption_lengths_come_from_the_store(config, store):
 def test_attempts_are_scored_by_kind_and_recorded(
   world, config, store, params, suite, monkeypatch, window, buckets
 ):
-  monkeypatch.setattr(attempts, 'BATCH', 4)  # six attempts: the second part is filled up
+  monkeypatch.setattr(tabletop_attempts, 'BATCH', 4)  # six attempts: the second part is filled up
   chosen = dataclasses.replace(
     config, data=dataclasses.replace(config.data, window=window, buckets=buckets)
   )
   table = dataclasses.replace(
-    attempts.caption_table(config, store), lengths=np.full(len(tasks.CAPTIONS), 2)
+    attempts.caption_table(config, store, tasks.CAPTIONS), lengths=np.full(len(tasks.CAPTIONS), 2)
   )
-  done = attempts.attempt(chosen, params, suite, table, max_steps=24, record=True)
+  done = tabletop_attempts.attempt(chosen, params, suite, table, max_steps=24, record=True)
   assert done.kinds == ['reach'] * 3 + ['push'] * 3
   assert all(text in tasks.CAPTIONS for text in done.instructions)
   result = done.score()
@@ -99,42 +98,21 @@ def test_attempts_are_scored_by_kind_and_recorded(
   assert np.isnan(rows[0]['seam_jump']) and rows[5]['seam_jump'] > 0
   motion = done.motion()
   assert motion['time_to_success_n'] == 3 == motion['seam_jump_n']
-  film = done.film(5)
+  film = done.films[5]
   assert film.shape == (2, 24, 16, 16, 3)
   np.testing.assert_array_equal(film[0, :, 0, 0, 0], np.arange(1, 25))
-  assert done.film(0).shape[1] == 8
+  assert done.films[0].shape[1] == 8
 
 
 @pytest.mark.slow
 def test_latency_counts_into_the_time_of_an_attempt(world, config, store, params, suite):
-  table = attempts.caption_table(config, store)
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
   chosen = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(2,)))
-  late = attempts.attempt(chosen, params, suite, table, max_steps=24, delay=4)
+  late = tabletop_attempts.attempt(chosen, params, suite, table, max_steps=24, delay=4)
   assert late.rollouts.turns.acted.shape[1] == 2  # 24 // (8 + 4)
   times = [row['time_s'] for row in late.rows() if row['success']]
   turns = [row['turns'] for row in late.rows() if row['success']]
   np.testing.assert_allclose(times, 12 / late.fps * np.array(turns))
-
-
-@pytest.fixture
-def speaking(config, params):
-  """(config, params) of the same policy with a language side that is only made of numbers."""
-  side = dataclasses.replace(config.language, kind='qwen')
-  model = params.model | {'heads': {}, 'staircase': {}}
-  side_of = Language({}, {}, None, np.zeros((2, 8)), None)
-  frozen = dataclasses.replace(params.frozen, language=side_of)
-  return dataclasses.replace(config, language=side), InferenceParams(model, frozen)
-
-
-@pytest.fixture
-def one_plan(monkeypatch):
-  """A VLM that always plans the second caption of the bank, for half a second."""
-
-  def plan_of(params, reading, last, *, cfg):
-    return language.Plan(jnp.array([1]), jnp.array([0.5]), jnp.zeros((1, 2)))
-
-  monkeypatch.setattr(language, 'read', lambda *args, **kwargs: None)
-  monkeypatch.setattr(language, 'plan_of', plan_of)
 
 
 def tokens(rows: int) -> Prompt:
@@ -152,9 +130,9 @@ def test_a_planner_is_scored_by_the_events_it_names(
   count = len(tasks.CAPTIONS)
   right = int(tasks.event_caption(suite.script[4, 0]))  # of one of the pushes
   table = PlanningTable(tokens(count), np.array([0, right], np.int32))
-  done = attempts.attempt(
-    config, params, suite, attempts.caption_table(config, store), max_steps=24, source='planner',
-    planning=table,
+  done = tabletop_attempts.attempt(
+    config, params, suite, attempts.caption_table(config, store, tasks.CAPTIONS), max_steps=24,
+    source='planner', planning=table,
   )  # fmt: skip
   assert done.asked(4) == [tasks.CAPTIONS[right]] * int(done.rollouts.attempted[4])
   named = [int(tasks.event_caption(row[0])) == right for row in np.asarray(suite.script)]
@@ -167,14 +145,34 @@ def test_a_planner_is_scored_by_the_events_it_names(
     ('planner', "source 'planner': expected a model with a language side.*Train stage 3 with"),
     ('staircase', 'Train stage 3 and stage 4 with'),
     ('oracle', 'source: expected one of'),
+    ('human', 'expected somebody to ask'),
   ],
 )
 def test_sources_that_cannot_speak_are_refused(
   world, config, store, params, suite, source, message
 ):
-  table = attempts.caption_table(config, store)
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
   with pytest.raises(ConfigError, match=message):
-    attempts.attempt(config, params, suite, table, max_steps=8, source=source)
+    tabletop_attempts.attempt(config, params, suite, table, max_steps=8, source=source)
+
+
+@pytest.mark.slow
+def test_a_person_is_asked_about_one_attempt_after_the_other(world, config, store, params):
+  suite = tasks.task_suite(jax.random.key(0), ('reach', 'push'), 1)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(2,)))
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
+  turns = []
+
+  def ask(instruction, step, clock):
+    turns.append((tasks.CAPTIONS[int(instruction)].split()[0], int(step)))
+    return jax.tree.map(np.asarray, sources.lookup(table, int(instruction)))
+
+  done = tabletop_attempts.attempt(
+    config, params, suite, table, max_steps=24, source='human', ask=ask
+  )
+  assert done.rollouts.attempted.tolist() == [1, 3]
+  assert turns == [('reach', 0), ('push', 0), ('push', 1), ('push', 2)]
+  assert done.asked(1) == [done.instructions[1]] * 3
 
 
 def test_policies_are_told_by_what_they_were_trained_with(speaking):
@@ -190,7 +188,7 @@ def test_policies_are_told_by_what_they_were_trained_with(speaking):
 
 def test_every_source_can_be_chosen_on_the_command_line():
   parser = argparse.ArgumentParser()
-  evaluate.add_world(parser)
+  worlds.add_arguments(parser)
   choices = next(a.choices for a in parser._actions if a.dest == 'source')
   assert set(choices) == set(attempts.SOURCES)
 
@@ -201,21 +199,22 @@ def test_prompts_are_the_captions_of_the_tabletop():
       return [f'task {text}' for text in texts]
 
   bank = [tasks.CAPTIONS[5], tasks.CAPTIONS[2]]
-  table = attempts.planning_table(Texts(), bank)
+  table = attempts.planning_table(Texts(), bank, tasks.CAPTIONS)
   assert len(table.prompts) == len(tasks.CAPTIONS)
   assert table.prompts[7] == f'task {tasks.CAPTIONS[7]}' and table.rows.tolist() == [5, 2]
-  with pytest.raises(ConfigError, match="captions of the tabletop, got 1 others such as 'wander'"):
-    attempts.planning_table(Texts(), ['wander'])
+  with pytest.raises(ConfigError, match="got 1 others such as 'wander'"):
+    attempts.planning_table(Texts(), ['wander'], tasks.CAPTIONS)
 
 
 @pytest.mark.slow
 def test_equal_settings_share_one_program(world, config, store, params, suite):
-  table = attempts.caption_table(config, store)
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
   for weights in (params, attempts.untrained(config, params, seed=1)):
-    attempts.attempt(config, weights, suite, table, max_steps=16)
-  assert attempts._program.cache_info().hits == 1
+    tabletop_attempts.attempt(config, weights, suite, table, max_steps=16)
+  assert tabletop_attempts._program.cache_info().hits == 1
 
 
 def test_other_cameras_are_refused(config, store, params, suite):
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
   with pytest.raises(ConfigError, match='expected the cameras of the tabletop'):
-    attempts.attempt(config, params, suite, attempts.caption_table(config, store), max_steps=8)
+    tabletop_attempts.attempt(config, params, suite, table, max_steps=8)

@@ -54,6 +54,35 @@ def assert_same_world(a, b):
   assert (a.stage == b.stage) and (a.dwell == b.dwell)
 
 
+def test_a_policy_sees_pixels_and_the_measured_pose_only(starts):
+  """Script, bookkeeping, commands and velocities may be anything: the observation is the same bits.
+  Where the cubes are shows in the pixels alone."""
+  observe = jax.jit(ENV.observe)
+  state = pick(starts, 0)
+  plain = observe(state)
+  rng = np.random.default_rng(0)
+
+  def other(x):
+    x = np.asarray(x)
+    return x + 1 if x.dtype == np.int32 else ~x if x.dtype == bool else x + rng.normal(size=x.shape)
+
+  told = {'task', 'stage', 'dwell', 'event_start'}
+  hidden = {name: jax.tree.map(other, getattr(state, name)) for name in told}
+  world = state.physics
+  unseen = {
+    field.name: jax.tree.map(other, getattr(world, field.name))
+    for field in dataclasses.fields(world) if field.name != 'qpos'
+  }  # fmt: skip
+  tampered = dataclasses.replace(state, **hidden, physics=dataclasses.replace(world, **unseen))
+  jax.tree.map(np.testing.assert_array_equal, plain, observe(tampered))
+
+  qpos = np.array(world.qpos)
+  qpos[len(qpos) // 2 :] += 0.05
+  moved = observe(dataclasses.replace(state, physics=dataclasses.replace(world, qpos=qpos)))
+  np.testing.assert_array_equal(moved.state, plain.state)
+  assert (moved.frames != plain.frames).any()
+
+
 def test_batched_step_never_factors_two_matrices_side_by_side(starts, step_all):
   # Two batched LAPACK calls at once can wait for each other's threads for ever (see mjcf.py). What
   # is left are the Newton solver's first Hessian and the one in its loop, which come in turn.

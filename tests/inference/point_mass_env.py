@@ -29,6 +29,7 @@ def make_env(views: int, size: int) -> EnvFns:
       reset=_reset, observe=functools.partial(_observe, views, size), step=_step,
       execute=functools.partial(_execute, views, size),
       caption=lambda s: jnp.minimum(s.stage, GO_UP), task_caption=lambda s: jnp.int32(INSTRUCTION),
+      script=lambda s: jnp.array([GO_RIGHT, GO_UP, -1], jnp.int32),
       progress=lambda s: 50.0 * s.stage, success=lambda s: s.stage == 2)
 
 

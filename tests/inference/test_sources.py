@@ -22,7 +22,7 @@ GO_RIGHT, GO_UP, INSTRUCTION = range(point_mass_env.NUM_CAPTIONS)
 def context(captions, make_inputs):
   """context(step, clock) before a turn whose scripted event is GO_UP."""
   obs, _ = make_inputs(frames=5)
-  rows = [jnp.int32(row) for row in (INSTRUCTION, GO_UP)]
+  rows = [jnp.array(row, jnp.int32) for row in (INSTRUCTION, [GO_RIGHT, GO_UP, -1], GO_UP)]
 
   def make(step=0, clock=0):
     return TextContext(obs, captions, *rows, jnp.int32(step), jnp.int32(clock))
@@ -53,6 +53,50 @@ def test_a_script_asks_for_rows_of_the_table(captions, context):
     np.testing.assert_array_equal(asked.text.features[0], captions.text.features[row])
     np.testing.assert_array_equal(asked.text.mask[0], captions.text.mask[row])
     assert (asked.caption, asked.length, state) == (row, captions.lengths[row], ())
+
+
+def test_timed_goes_through_the_script_by_its_own_clock(captions, context):
+  """Lengths 1 (go right) and 2 (go up): the clock says when, the environment never; the last event
+  is asked for on and on, an unfinished one for what is left of it."""
+  source = sources.timed
+  state, said = source.start(captions), []
+  for step, clock in enumerate((0, 1, 2, 3, 7, 8)):
+    before = dataclasses.replace(context(step, clock), event=jnp.int32(step % 2))
+    asked, state = jax.jit(source.speak)(before, state)
+    said.append((int(asked.caption), int(asked.length)))
+  assert said == [(GO_RIGHT, 1), (GO_UP, 2), (GO_UP, 1), (GO_UP, 2), (GO_UP, 2), (GO_UP, 1)]
+  np.testing.assert_array_equal(asked.text.features[0], captions.text.features[GO_UP])
+
+
+def test_timed_is_a_source_of_whole_rollouts(env, captions):
+  loop = jax.jit(lambda: closed_loop(idle(8), sources.timed, env, 0.9, jax.random.key(0), captions,
+                                     spec=LoopSpec(turns=3, bucket=2)))
+  assert np.asarray(loop().turns.asked).tolist() == [GO_RIGHT, GO_UP, GO_UP]
+
+
+def test_a_person_is_asked_once_a_turn_until_the_attempt_is_over(env, captions):
+  """Told where the policy is, answers decide what is done; nobody is asked after success."""
+  said = []
+
+  def ask(instruction, step, clock):
+    said.append((int(instruction), int(step), int(clock)))
+    row = GO_RIGHT if len(said) <= 4 else GO_UP
+    return jax.tree.map(np.asarray, sources.lookup(captions, row))
+
+  def act(obs, text, key, length):
+    right = jnp.all(text.features[0] == captions.text.features[GO_RIGHT])
+    ramp = jnp.linspace(0.0, 0.25, 5)[1:]
+    actions = jnp.zeros((1, 4, 10)).at[0, :, jnp.where(right, 0, 1)].set(ramp)
+    return ActionChunk(actions, jnp.ones((1, 4), bool))
+
+  spec = LoopSpec(turns=12, bucket=1)
+  loop = jax.jit(lambda: closed_loop(act, sources.human(ask), env, 0.6, jax.random.key(0),
+                                     captions, spec=spec))
+  out = jax.block_until_ready(loop())
+  count = int(out.attempted)
+  assert bool(out.success) and 4 < count < 12
+  assert said == [(INSTRUCTION, turn, turn) for turn in range(count)]
+  assert np.asarray(out.turns.asked)[:count].tolist() == [GO_RIGHT] * 4 + [GO_UP] * (count - 4)
 
 
 def test_a_schedule_switches_and_its_last_entry_holds_on(captions, context):

@@ -1,13 +1,13 @@
-"""Joins a trained policy and the tabletop: batches of closed-loop attempts, scored or recorded.
+"""What closed-loop attempts of a trained policy share, in whichever world: what it is told by, the
+tables that this needs, and the scores.
 
-`wallwm eval closedloop`, `wallwm rollout` and the quickstart call these.
+`tabletop_attempts` and `metaworld_attempts` carry them out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,31 +17,22 @@ from wallwm_jax.data import traces
 from wallwm_jax.data.schema import LEVELS
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import pick_caption
-from wallwm_jax.envs.tabletop import VIEWS, TabletopConfig, env_fns, tasks
 from wallwm_jax.evaluation.base import bootstrap_interval
-from wallwm_jax.evaluation.closed_loop import (
-  ClosedLoopResult,
-  evaluate,
-  seam_jump,
-  time_to_success,
-)
+from wallwm_jax.evaluation.closed_loop import ClosedLoopResult, evaluate, seam_jump
 from wallwm_jax.inference import language, sources
 from wallwm_jax.inference.language import PlanningTable
-from wallwm_jax.inference.rollout import (
-  LoopSpec,
-  Rollout,
-  chunk_policy,
-  closed_loop,
-  event_policy,
-)
-from wallwm_jax.inference.sources import CaptionTable, Source
+from wallwm_jax.inference.rollout import Act, Rollout, chunk_policy, event_policy
+from wallwm_jax.inference.sources import Ask, CaptionTable, Source
 from wallwm_jax.models import functional
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.text.planning import PlanningTexts
 from wallwm_jax.types import ConfigError, InferenceParams
 
-BATCH = 32  # attempts that run side by side
-SCRIPTS = {'instruction': sources.instruction, 'atomic': sources.atomic}
+SCRIPTS = {
+  'instruction': sources.instruction,
+  'atomic': sources.atomic,
+  'timed': sources.timed,
+}
 # Sources that ask a VLM, and the trained parts of the model that each needs.
 SPEAKERS = {
   'planner': (language.planner, ('heads',)),
@@ -49,20 +40,32 @@ SPEAKERS = {
   'staircase': (language.staircase, ('heads', 'staircase')),
 }
 PLANNERS = ('planner', 'conditioned')  # sources that name the caption they go by
-SOURCES = (*SCRIPTS, *SPEAKERS)
+HUMAN = 'human'  # a person, asked about one attempt at a time
+SOURCES = (*SCRIPTS, *SPEAKERS, HUMAN)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attempts:
-  """n finished attempts: their rollouts (NumPy, leading axis n), task kinds and instructions, and
-  the source of text that they followed; delay: control steps waited in every turn."""
+  """n finished attempts.
+
+  rollouts: NumPy, leading axis n; kinds: of task; instructions; captions: what the rows that turns
+  name stand for; times: [n] s to success, NaN without; source of text that they followed; delay:
+  control steps waited in every turn; facts: more columns of `rows`; suite: what else decides which
+  attempts these are; films: executed frames [V, T, H, W, 3] uint8 of each at fps Hz, up to its last
+  turn, where they were recorded.
+  """
 
   rollouts: Rollout
-  kinds: list[str]
-  instructions: list[str]
+  kinds: Sequence[str]
+  instructions: Sequence[str]
+  captions: Sequence[str]
+  times: np.ndarray
   fps: float
   source: str
   delay: int = 0
+  facts: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
+  suite: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  films: Sequence[np.ndarray] = ()
 
   def score(self) -> ClosedLoopResult:
     done = self.rollouts
@@ -70,7 +73,7 @@ class Attempts:
 
   def rows(self) -> list[dict]:
     """Each attempt: attempt, kind, instruction, success, progress 0..100, turns, time_s to success,
-    seam_jump, and planned of a planner; NaN where there is none."""
+    seam_jump, the world's facts, and planned of a planner; NaN where there is none."""
     done = self.rollouts
     columns = {
       'attempt': range(len(self.kinds)),
@@ -79,9 +82,9 @@ class Attempts:
       'success': done.success.tolist(),
       'progress': done.progress.tolist(),
       'turns': done.attempted.tolist(),
-      'time_s': self._times().tolist(),
+      'time_s': self.times.tolist(),
       'seam_jump': self._jumps().tolist(),
-    }
+    } | self.facts  # fmt: skip
     planned = self._planned()
     columns |= {} if planned is None else {'planned': planned.tolist()}
     return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
@@ -90,17 +93,13 @@ class Attempts:
     """time_to_success (s, over successes) and seam_jump, each with _low, _high (95 %) and _n; only
     those that some attempt has."""
     flat: dict = {}
-    for name, values in (('time_to_success', self._times()), ('seam_jump', self._jumps())):
+    for name, values in (('time_to_success', self.times), ('seam_jump', self._jumps())):
       known = values[np.isfinite(values)]
       if len(known):
         found = bootstrap_interval(known)
         flat |= {name: found.value, f'{name}_low': found.low, f'{name}_high': found.high}
         flat[f'{name}_n'] = found.n
     return flat
-
-  def _times(self) -> np.ndarray:
-    steps = self.rollouts.turns.actions.mask.shape[2] + self.delay
-    return time_to_success(self.rollouts.success, self.rollouts.attempted, steps / self.fps)
 
   def _jumps(self) -> np.ndarray:
     turns = self.rollouts.turns
@@ -116,16 +115,13 @@ class Attempts:
   def asked(self, index: int) -> list[str]:
     """The caption that each turn of one attempt went by; '' where that was no caption."""
     rows = self.rollouts.turns.asked[index, : self.rollouts.attempted[index]].tolist()
-    return [tasks.CAPTIONS[row] if row != sources.NOTHING else '' for row in rows]
-
-  def film(self, index: int) -> np.ndarray:
-    """Executed frames [V, T, H, W, 3] uint8 of one recorded attempt, up to its last turn."""
-    frames = self.rollouts.turns.frames[index, : self.rollouts.attempted[index]]
-    return np.concatenate(list(frames), axis=1)
+    return [self.captions[row] if row != sources.NOTHING else '' for row in rows]
 
 
-def caption_table(config: ExperimentConfig, store: EventStore) -> CaptionTable:
-  """Every caption of the tabletop, encoded, with the median length of its events in a store.
+def caption_table(
+  config: ExperimentConfig, store: EventStore, captions: Sequence[str]
+) -> CaptionTable:
+  """Every caption of a world, encoded, with the median length of its events in a store.
 
   Captions that the store does not have get the median of all events.
   """
@@ -136,27 +132,29 @@ def caption_table(config: ExperimentConfig, store: EventStore) -> CaptionTable:
     pick_caption({k: v[i] for k, v in columns.items()}, 'event') for i in range(len(latents))
   ]
   known = {name: latents[[n == name for n in named]] for name in set(named)}
-  lengths = [np.median(known.get(caption, latents)) for caption in tasks.CAPTIONS]
-  text = make_text_encoder(config.model.text).encode(tasks.CAPTIONS)
+  lengths = [np.median(known.get(caption, latents)) for caption in captions]
+  text = make_text_encoder(config.model.text).encode(captions)
   return CaptionTable(text, np.ceil(lengths).astype(np.int32))
 
 
-def planning_table(texts: PlanningTexts, bank: Sequence[str]) -> PlanningTable:
-  """Every caption of the tabletop as a VLM is asked about it.
+def planning_table(
+  texts: PlanningTexts, bank: Sequence[str], captions: Sequence[str]
+) -> PlanningTable:
+  """Every caption of a world as a VLM is asked about it.
 
   Args:
     bank: what the VLM may plan, in the order of its next-event logits.
 
   Raises:
-    ConfigError: a caption of the bank that the tabletop does not have.
+    ConfigError: a caption of the bank that the world does not have.
   """
-  if unknown := [caption for caption in bank if caption not in tasks.CAPTIONS]:
+  if unknown := [caption for caption in bank if caption not in captions]:
     raise ConfigError(
-      f'captions to plan with: expected captions of the tabletop, got {len(unknown)} others such '
-      f'as {unknown[0]!r}. Give a store of the tabletop.'
+      f'captions to plan with: expected captions of this world such as {captions[0]!r}, got '
+      f'{len(unknown)} others such as {unknown[0]!r}. Give a store of the same world.'
     )
-  asked = [traces.instruct(caption, 'canonical', 0) for caption in tasks.CAPTIONS]
-  rows = np.array([tasks.CAPTIONS.index(caption) for caption in bank], np.int32)
+  asked = [traces.instruct(caption, 'canonical', 0) for caption in captions]
+  rows = np.array([captions.index(caption) for caption in bank], np.int32)
   return PlanningTable(texts.prompts(asked), rows)
 
 
@@ -167,57 +165,6 @@ def untrained(config: ExperimentConfig, params: InferenceParams, seed: int = 0) 
   return dataclasses.replace(params, model=params.model | towers)
 
 
-def attempt(
-  config: ExperimentConfig,
-  params: InferenceParams,
-  suite: tasks.Task,
-  captions: CaptionTable,
-  *,
-  max_steps: int,
-  seed: int = 0,
-  source: str = '',
-  planning: PlanningTable | None = None,
-  record: bool = False,
-  delay: int = 0,
-) -> Attempts:
-  """Runs every task of a suite once; equal seeds give equal scenes and noise to every policy.
-
-  Args:
-    suite: tasks with a leading axis n (tasks.task_suite).
-    max_steps: control steps an attempt may take; turns are as many events or chunks as fit.
-    source: what the policy is told by, one of SOURCES; '' = `default_source`. Over chunks a plan is
-      held until it has run out.
-    planning: for the sources that ask a VLM.
-    record: keep the executed frames.
-    delay: control steps between an observation and the first action answered to it; they count into
-      max_steps.
-
-  Raises:
-    ConfigError: the model's cameras are not the tabletop's, or the source is unknown or needs a
-      language side that the model has not.
-  """
-  source = source or default_source(config)
-  check_source(params, source)
-  if config.model.views != VIEWS:
-    raise ConfigError(
-      f'config.model.views: expected the cameras of the tabletop {VIEWS}, got {config.model.views}.'
-    )
-  world = TabletopConfig(image_size=config.model.image_size)
-  run = _program(config, world, max_steps, source, record, delay)
-  count = len(suite.kind)
-  keys = jax.random.split(jax.random.key(seed), count)
-  parts = [
-    jax.device_get(
-      run(params, captions, planning, jax.tree.map(lambda x, i=rows: x[i], suite), keys[rows])
-    )
-    for rows in _batches(count)
-  ]
-  rollouts = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
-  kinds = [tasks.TASK_KINDS[i] for i in np.asarray(suite.kind)]
-  instructions = [tasks.CAPTIONS[i] for i in np.asarray(suite.instruction)]
-  return Attempts(rollouts, kinds, instructions, 1 / world.control_period, source, delay)
-
-
 def default_source(config: ExperimentConfig) -> str:
   """What tells a policy in the way it was trained: the staircase's latents where those were its
   text, else 'atomic' for events and 'instruction' for chunks."""
@@ -226,48 +173,51 @@ def default_source(config: ExperimentConfig) -> str:
   return 'instruction' if config.data.window == 'chunk' else 'atomic'
 
 
-def check_source(params: InferenceParams, source: str) -> None:
+def check_source(params: InferenceParams, source: str, ask: Ask | None) -> None:
   """Raises ConfigError unless this model can be told by `source`."""
   if source not in SOURCES:
     raise ConfigError(f'source: expected one of {SOURCES}, got {source!r}.')
+  if (source == HUMAN) != (ask is not None):
+    raise ConfigError(
+      f'source: expected somebody to ask (ask) with {HUMAN!r} only, got {source!r}.'
+    )
   if source in SPEAKERS:
     language.require_parts(params, SPEAKERS[source][1], f'source {source!r}')
 
 
-def _batches(count: int) -> list[np.ndarray]:
-  """Row indices in parts of one size, so that one program fits all; the last part is filled up."""
-  size = min(BATCH, count)
-  return [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
+def make_source(
+  name: str,
+  params: InferenceParams,
+  planning: PlanningTable | None,
+  config: ExperimentConfig,
+  *,
+  control_period: float,
+  ask: Ask | None = None,
+) -> Source:
+  """One of SOURCES. Over chunks a plan is held until it has run out.
 
-
-@functools.cache
-def _program(
-  config: ExperimentConfig, world: TabletopConfig, max_steps: int, source, record: bool, delay: int
-):
-  """(params, captions, planning, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one
-  program."""
-  chunk = config.data.window == 'chunk'
-  bucket = config.model.future if chunk else config.data.buckets[-1]
-  rate = config.model.steps_per_latent
-  history = config.model.history if chunk else 0
-  turns = max(1, max_steps // (rate * bucket + delay))
-  spec = LoopSpec(turns, bucket, history, rate, record, delay)
-
-  @jax.jit
-  def run(params, captions, planning, suite, keys):
-    act = chunk_policy(params, config) if chunk else event_policy(params, config, bucket)
-    told = _source(source, params, planning, config, world)
-    one = functools.partial(closed_loop, act, told, env_fns(world), captions=captions, spec=spec)
-    return jax.vmap(lambda task, key: one(task=task, key=key))(suite, keys)
-
-  return run
-
-
-def _source(name: str, params, planning, config: ExperimentConfig, world: TabletopConfig) -> Source:
+  Args:
+    planning: for the sources that ask a VLM; control_period: s between two actions of the world;
+      ask: who is asked by 'human'.
+  """
   if name in SCRIPTS:
     return SCRIPTS[name]
-  # Windows are cut at every stride-th frame, so that is how often the policy thinks it acts.
-  fps = 1 / (world.control_period * config.data.stride)
-  source = SPEAKERS[name][0](params, planning, cfg=config, fps=fps)
+  if name == HUMAN:
+    return sources.human(ask)
+  source = SPEAKERS[name][0](params, planning, cfg=config, fps=policy_rate(config, control_period))
   hold = name in PLANNERS and config.data.window == 'chunk'
   return sources.held(source) if hold else source
+
+
+def policy_rate(config: ExperimentConfig, control_period: float) -> float:
+  """Hz at which a policy thinks that it acts: windows are cut at every stride-th frame."""
+  return 1 / (control_period * config.data.stride)
+
+
+def make_act(params: InferenceParams, config: ExperimentConfig) -> tuple[Act, int, int]:
+  """The policy in the mode that it was trained for, with N, the longest event or the length of a
+  chunk, and M, the history that it looks back on, both in latents."""
+  if config.data.window == 'chunk':
+    return chunk_policy(params, config), config.model.future, config.model.history
+  bucket = config.data.buckets[-1]
+  return event_policy(params, config, bucket), bucket, 0

@@ -36,3 +36,19 @@ def print_json(results: Any) -> None:
   from wallwm_jax.evaluation.base import to_plain
 
   print(json.dumps(to_plain(results), indent=2))
+
+
+@contextlib.contextmanager
+def progress_bar(what: str):
+  """A bar on stderr, as a function of (done, all)."""
+  import rich.progress
+  from rich.console import Console
+
+  columns = (
+    rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(bar_width=20),
+    rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )  # fmt: skip
+  with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    task = bar.add_task(what, total=None)
+    yield lambda done, total: bar.update(task, completed=done, total=total)

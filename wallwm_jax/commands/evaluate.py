@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from wallwm_jax.commands import common
+from wallwm_jax.commands import common, worlds
 
 
 def add_parser(verbs) -> None:
@@ -14,7 +14,7 @@ def add_parser(verbs) -> None:
   for name, run, summary in (
     ('openloop', openloop, 'action error per held-out event beside hold-still and the mean action'),
     ('video', video, 'PSNR and SSIM of predicted video beside copy-last-frame and the codec'),
-    ('closedloop', closedloop, 'success and progress of whole attempts in the tabletop'),
+    ('closedloop', closedloop, 'success and progress of whole attempts in a simulator'),
     ('language', language, 'next event, remaining time and reconstructed reasoning of a VLM'),
   ):
     example = f'wallwm eval {name} --workdir runs/joint --store runs/store --json {name}.json'
@@ -22,14 +22,19 @@ def add_parser(verbs) -> None:
       example += (
         '\n  wallwm eval closedloop --workdir runs/stage4 --store runs/store --tasks multi '
         '--source planner'
+        '\n  wallwm eval closedloop --world metaworld --workdir runs/mt10 --store stores/mt10 '
+        '--tasks MT10 --episodes 100'
       )
     parser = common.add_verb(kinds, name, summary, example, run=run)
     parser.add_argument('--workdir', required=True, help='trained run')
     parser.add_argument('--json', help='file for the scores (default: print only)')
     parser.add_argument('--seed', type=int, default=0, help='noise, and scenes of closedloop (0)')
     if name == 'closedloop':
-      add_world(parser)
-      parser.add_argument('--episodes', type=int, default=98, help='attempts, shared by kinds (98)')
+      worlds.add_arguments(parser)
+      parser.add_argument(
+        '--episodes', type=int,
+        help='attempts, shared by kinds of task (tabletop 98, metaworld 10 of each task)',
+      )  # fmt: skip
       parser.add_argument(
         '--delays', default='0', help='control steps of policy latency; several as 0,2,4 (0)'
       )
@@ -62,25 +67,6 @@ def add_parser(verbs) -> None:
   parser.add_argument('second', help='another of the same suite')
   parser.add_argument('--json', help='file for the differences (default: print only)')
   parser.add_argument('--html', help='file for the differences as a page')
-
-
-def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
-  """Arguments of everything that acts in the tabletop."""
-  parser.add_argument('--store', required=required, help='event store; says how long events last')
-  parser.add_argument(
-    '--tasks', default='single', help='single, multi, or kinds such as reach,push (single)'
-  )
-  parser.add_argument('--max-steps', type=int, default=64, help='control steps of an attempt (64)')
-  parser.add_argument(
-    '--source',
-    choices=('instruction', 'atomic', 'planner', 'conditioned', 'staircase'),
-    default='',
-    help='who tells the policy what to do: the instruction of the task; atomic, the next event of '
-    "the script; planner, the VLM's next event in features of the text encoder; conditioned, the "
-    "same in the VLM's own; staircase, its latents (default: atomic in event mode, instruction in "
-    'unified mode, staircase where that was trained)',
-  )
-  parser.add_argument('--untrained', action='store_true', help='random weights instead')
 
 
 def openloop(args: argparse.Namespace) -> None:
@@ -146,10 +132,10 @@ def language(args: argparse.Namespace) -> None:
 def closedloop(args: argparse.Namespace) -> None:
   from wallwm_jax.evaluation.closed_loop import mcnemar
 
-  per_kind = max(1, args.episodes // len(_task_kinds(args.tasks)))
   delays = _counts(args.delays, '--delays', 0)
-  attempts, *others = (run_attempts(args, per_kind, delay=delay) for delay in delays)
-  shared = {'tasks': args.tasks, 'max_steps': args.max_steps}
+  world = worlds.World(args)
+  attempts, *others = (world.attempt(delay=delay) for delay in delays)
+  shared = {'tasks': world.tasks, 'max_steps': world.max_steps}
   asked = shared | {'untrained': args.untrained, 'source': attempts.source, 'delay': delays[0]}
   scores = attempts.score().to_json() | attempts.motion() | asked
   if others:
@@ -160,50 +146,7 @@ def closedloop(args: argparse.Namespace) -> None:
       for run in (attempts, *others)
     }
   suite = {'kind': 'closedloop', 'seed': args.seed, 'episodes': len(attempts.kinds)} | shared
-  _report(args, scores, suite=suite, rows=attempts.rows())
-
-
-def _task_kinds(chosen: str) -> tuple[str, ...]:
-  """Kinds named on the command line: 'single', 'multi' or a comma-separated list."""
-  from wallwm_jax.envs.tabletop import tasks
-
-  groups = {'single': tasks.SINGLE_KINDS, 'multi': tasks.MULTI_KINDS}
-  return groups.get(chosen) or tuple(chosen.split(','))
-
-
-def run_attempts(args: argparse.Namespace, per_kind: int, record: bool = False, delay: int = 0):
-  """The attempts that the arguments of `add_world` describe."""
-  import jax
-
-  from wallwm_jax.commands import attempts
-  from wallwm_jax.data.moments import caption_bank
-  from wallwm_jax.data.store import EventStore
-  from wallwm_jax.envs.tabletop import tasks
-  from wallwm_jax.text.planning import make_planning_texts
-  from wallwm_jax.training.checkpoints import load_inference, load_source
-
-  suite = tasks.task_suite(jax.random.key(args.seed), _task_kinds(args.tasks), per_kind)
-  store = EventStore(args.store)
-  source = args.source or attempts.default_source(load_source(args.workdir)[0])
-  bank = caption_bank(store) if source in attempts.SPEAKERS else None
-  config, params = load_inference(args.workdir, captions=bank)
-  planning = None
-  if bank is not None:
-    planning = attempts.planning_table(make_planning_texts(config), bank)
-  if args.untrained:
-    params = attempts.untrained(config, params, args.seed)
-  return attempts.attempt(
-    config,
-    params,
-    suite,
-    attempts.caption_table(config, store),
-    max_steps=args.max_steps,
-    seed=args.seed,
-    source=source,
-    planning=planning,
-    record=record,
-    delay=delay,
-  )
+  _report(args, scores, suite=suite | attempts.suite, rows=attempts.rows())
 
 
 def latency(args: argparse.Namespace) -> None:

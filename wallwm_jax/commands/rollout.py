@@ -1,12 +1,13 @@
-"""`wallwm rollout`: one recorded attempt in the tabletop, or an imagined video, as a film."""
+"""`wallwm rollout`: recorded attempts in a simulator, or an imagined video, as a film."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 
-from wallwm_jax.commands import common, evaluate, imagine
+from wallwm_jax.commands import common, imagine, worlds
 
+FILM_FPS = 20  # of a film, about, where a world is faster
 WIDTH = 640  # least pixels of the written video, all views side by side
 
 
@@ -14,7 +15,7 @@ def add_parser(verbs) -> None:
   parser = common.add_verb(
     verbs,
     'rollout',
-    'let a trained policy act in the tabletop and write what the cameras saw, or, with '
+    'let a trained policy act in a simulator and write what the cameras saw, or, with '
     '--video-only, what the video model imagines (.mp4 or .gif)',
     'wallwm rollout --workdir runs/quickstart/stage2 --store runs/quickstart/store '
     '--tasks push --out push.gif\n'
@@ -31,7 +32,7 @@ def add_parser(verbs) -> None:
   parser.add_argument('--workdir', help='trained run')
   parser.add_argument('--out', required=True, help='video file, .mp4 or .gif')
   parser.add_argument('--seed', type=int, default=0, help='scene and noise (0)')
-  evaluate.add_world(parser, required=False)  # imagining needs no store
+  worlds.add_arguments(parser, required=False)  # imagining needs no store
   parser.add_argument('--video-only', action='store_true', help='imagine; nothing acts')
   imagine.add_arguments(parser.add_argument_group('what --video-only reads'))
 
@@ -63,10 +64,12 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
   for name in ('workdir', 'store'):
     if getattr(args, name) is None:
       raise ConfigError(f'--{name}: required unless --video-only is given.')
-  attempts = evaluate.run_attempts(args, per_kind=1, record=True)
-  films = [np.concatenate(list(attempts.film(i)), axis=2) for i in range(len(attempts.kinds))]
-  frames = np.concatenate(films)  # attempt after attempt, views side by side
-  _write(out, frames, attempts.fps)
+  attempts = worlds.World(args, per_kind=1).attempt(record=True)
+  films = [np.concatenate(list(film), axis=2) for film in attempts.films]
+  every = max(round(attempts.fps / FILM_FPS), 1)
+  frames = np.concatenate(films)[::every]  # attempt after attempt, views side by side
+  fps = attempts.fps / every
+  _write(out, frames, fps)
   succeeded = attempts.rollouts.success.tolist()
   done = [
     {'instruction': text, 'success': ok, 'progress': progress, 'asked': attempts.asked(i)}
@@ -74,7 +77,7 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
       zip(attempts.instructions, succeeded, attempts.rollouts.progress.tolist())
     )
   ]
-  common.print_json({'out': out, 'frames': len(frames), 'fps': attempts.fps, 'attempts': done})
+  common.print_json({'out': out, 'frames': len(frames), 'fps': fps, 'attempts': done})
 
 
 def _write(out: pathlib.Path, frames, fps: float) -> None:

@@ -14,7 +14,13 @@ import jax
 from rich.console import Console
 
 from wallwm_jax import presets
-from wallwm_jax.commands import attempts, evaluators, language_scores, tiny_vlm
+from wallwm_jax.commands import (
+  attempts,
+  evaluators,
+  language_scores,
+  tabletop_attempts,
+  tiny_vlm,
+)
 from wallwm_jax.commands.clock import Clock
 from wallwm_jax.commands.language_scores import Moments
 from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
@@ -200,10 +206,11 @@ def _rollouts(plan: Size, event, chunk, store: EventStore, bank):
   part of them), and a few filmed attempts.
   """
   suite = tasks.task_suite(jax.random.key(SUITE_SEED), tasks.SINGLE_KINDS, plan.attempts)
-  captions = attempts.caption_table(event[0], store)
+  captions = attempts.caption_table(event[0], store, tasks.CAPTIONS)
 
   def score(policy, **options):
-    return attempts.attempt(*policy, suite, captions, max_steps=MAX_STEPS, **options).score()
+    run = tabletop_attempts.attempt(*policy, suite, captions, max_steps=MAX_STEPS, **options)
+    return run.score()
 
   results = {
     TRAINED: score(event),
@@ -212,13 +219,13 @@ def _rollouts(plan: Size, event, chunk, store: EventStore, bank):
   }
   few = jax.tree.map(lambda x: x[:: plan.attempts], suite)
   some = jax.tree.map(lambda x: x[::4], suite)
-  planning = attempts.planning_table(make_planning_texts(chunk[0]), bank)
-  results[LATENTS] = attempts.attempt(
+  planning = attempts.planning_table(make_planning_texts(chunk[0]), bank, tasks.CAPTIONS)
+  results[LATENTS] = tabletop_attempts.attempt(
     *chunk, some, captions, max_steps=MAX_STEPS, source='staircase', planning=planning
   ).score()
-  filmed = attempts.attempt(*event, few, captions, max_steps=MAX_STEPS, record=True)
+  filmed = tabletop_attempts.attempt(*event, few, captions, max_steps=MAX_STEPS, record=True)
   clips = [
-    report.RolloutClip(text, filmed.film(i), bool(filmed.rollouts.success[i]), filmed.fps)
+    report.RolloutClip(text, filmed.films[i], bool(filmed.rollouts.success[i]), filmed.fps)
     for i, text in enumerate(filmed.instructions)
     if filmed.rollouts.attempted[i]
   ]

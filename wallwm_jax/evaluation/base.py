@@ -18,6 +18,7 @@ import numpy as np
 from wallwm_jax.types import DataError
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'mujoco', 'numpy')
+LIBRARIES += ('metaworld', 'gymnasium')  # named where they are installed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from wallwm_jax.evaluation.closed_loop import mcnemar
 from wallwm_jax.types import DataError
 
 KEYS = {'openloop': 'uid', 'closedloop': 'attempt'}  # what names a row in each kind of evaluation
-FACTS = ('uid', 'attempt', 'episode', 'label', 'kind', 'instruction')  # of a row, not scores
+# Of a row, not scores.
+FACTS = ('uid', 'attempt', 'episode', 'label', 'kind', 'instruction', 'seed', 'reached')
 EXACT = 12  # episodes up to which every flip of signs is tried
 
 

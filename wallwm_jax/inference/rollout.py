@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.inference import sources
 from wallwm_jax.inference.event import predict_event
-from wallwm_jax.inference.sources import CaptionTable, Source, TextContext
+from wallwm_jax.inference.sources import CaptionTable, Source, State, TextContext
 from wallwm_jax.inference.unified import predict_chunk
 from wallwm_jax.types import (
     ActionChunk,
@@ -55,11 +55,11 @@ class Turn:
   """One turn (stacked over turns in a `Rollout`): what was asked, what was done, what came of it.
 
   caption: int32 id of the next scripted event; asked: of what the source asked for, -1 where that
-  is no caption; acted: False once the task had succeeded (what such a turn planned was not carried
-  out); event_done: the environment moved on to another event or succeeded; progress: 0..100
+  is no caption; acted: False once the task had succeeded (nothing was planned in such a turn);
+  event_done: the environment moved on to another event or succeeded; progress: 0..100
   afterwards; actions: [K, A] relative to the pose at call time, with mask [K]; poses: [K, A]
-  reached; frames: [V, K, H, W, 3] or None where they are not recorded; poses and frames begin with
-  the `delay` steps that were waited.
+  reached, or None where only the environment knows; frames: [V, K, H, W, 3] or None where they are
+  not recorded; poses and frames begin with the `delay` steps that were waited.
   """
 
   caption: Int[Array, ""]
@@ -68,8 +68,31 @@ class Turn:
   event_done: Bool[Array, ""]
   progress: Float[Array, ""]
   actions: ActionChunk
-  poses: Float[Array, "K A"]
+  poses: Float[Array, "K A"] | None
   frames: UInt8[Array, "V K H W 3"] | None
+
+
+@pytree_dataclass
+class Sight:
+  """What an environment tells at the start of a turn: the observation without a batch axis, and
+  rows of the caption table: of the instruction, of the task's events in order [S] (NOTHING behind
+  the last), and of the next scripted event (`TextContext` says who may read which).
+  """
+
+  obs: Observation
+  instruction: Int[Array, ""]
+  script: Int[Array, "S"]
+  event: Int[Array, ""]
+
+
+@pytree_dataclass
+class Mind:
+  """What a policy carries from turn to turn: memory of its source of text, number of the turn, and
+  clock, the future latents of all turns before."""
+
+  memory: State
+  step: Int[Array, ""]
+  clock: Int[Array, ""]
 
 
 @pytree_dataclass
@@ -129,22 +152,22 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
   captions = jax.tree.map(jnp.asarray, captions)
   scene_key, noise_key = jax.random.split(key)
   state = env.reset(scene_key, task)
-  instruction = env.task_caption(state)
+  instruction, script = env.task_caption(state), env.script(state)
   first = env.observe(state).frames
   past = jnp.repeat(first, spec.steps_per_latent * spec.history, axis=1)
+  decide = policy_turn(act, source, captions, bucket=spec.bucket, rate=spec.steps_per_latent)
 
-  def turn(carry, step):
-    state, past, memory, clock, done = carry
+  def turn(carry, _):
+    state, past, mind, done = carry
     caption = env.caption(state)
     current = env.observe(state)
     obs = dataclasses.replace(current, frames=jnp.concatenate([past, current.frames], axis=1))
-    obs = jax.tree.map(lambda x: x[None], obs)
-    context = TextContext(obs, captions, instruction, caption, step, clock)
-    asked, memory = source.speak(context, memory)
-    length = jnp.clip(asked.length, 1, spec.bucket)[None]
-    chunk = act(obs, asked.text, jax.random.fold_in(noise_key, step), length)
-    chunk = jax.tree.map(lambda x: x[0], chunk)
-    clock = clock + jnp.sum(chunk.mask, dtype=jnp.int32) // spec.steps_per_latent
+    sight = Sight(obs, instruction, script, caption)
+    # Nobody is asked about an attempt that is over.
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                        jax.eval_shape(decide, sight, mind, noise_key)[:2])
+    asked, chunk, mind = jax.lax.cond(
+        done, lambda sight, mind: (*rest, mind), lambda *x: decide(*x, noise_key), sight, mind)
 
     late = [jnp.pad(x, [(spec.delay, 0)] + [(0, 0)] * (x.ndim - 1))  # False = hold
             for x in (chunk.actions, chunk.mask)]
@@ -154,11 +177,38 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
     state, past = jax.tree.map(lambda new, old: jnp.where(done, old, new), moved, (state, past))
     success = env.success(state)
     event_done = ~done & (success | (env.caption(state) != caption))
-    record = Turn(caption, asked.caption, ~done, event_done, env.progress(state), chunk, poses,
+    record = Turn(caption, asked, ~done, event_done, env.progress(state), chunk, poses,
                   frames if spec.record else None)
-    return (state, past, memory, clock, done | success), record
+    return (state, past, mind, done | success), record
 
-  start = (state, past, source.start(captions), jnp.int32(0), env.success(state))
-  (state, *_), turns = jax.lax.scan(turn, start, jnp.arange(spec.turns))
+  start = (state, past, new_mind(source, captions), env.success(state))
+  (state, *_), turns = jax.lax.scan(turn, start, length=spec.turns)
   attempted = jnp.sum(turns.acted, dtype=jnp.int32)
   return Rollout(env.success(state), env.progress(state), attempted, turns)
+
+
+def policy_turn(act: Act, source: Source, captions: CaptionTable, *, bucket: int, rate: int):
+  """The policy's side of a turn, whatever carries it out: decide(sight, mind, key) -> (caption
+  asked for or -1, ActionChunk [K, A], mind).
+
+  Args:
+    bucket: N, longest event in latents; rate: action steps per latent.
+  """
+
+  def decide(sight: Sight, mind: Mind, key: PRNGKey):
+    obs = jax.tree.map(lambda x: x[None], sight.obs)
+    context = TextContext(obs, captions, sight.instruction, sight.script, sight.event, mind.step,
+                          mind.clock)
+    asked, memory = source.speak(context, mind.memory)
+    length = jnp.clip(asked.length, 1, bucket)[None]
+    chunk = act(obs, asked.text, jax.random.fold_in(key, mind.step), length)
+    chunk = jax.tree.map(lambda x: x[0], chunk)
+    clock = mind.clock + jnp.sum(chunk.mask, dtype=jnp.int32) // rate
+    return asked.caption, chunk, Mind(memory, mind.step + 1, clock)
+
+  return decide
+
+
+def new_mind(source: Source, captions: CaptionTable) -> Mind:
+  """Before the first turn."""
+  return Mind(source.start(captions), jnp.int32(0), jnp.int32(0))

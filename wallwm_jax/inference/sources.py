@@ -2,16 +2,19 @@
 
 A source is asked before each turn and answers with a `Request`: text, for how long it is meant, and
 which caption it stands for. The denoiser sees only the text, so a rollout may change its source at
-any turn. A script's sources are here, those that ask a VLM in `inference.language`.
+any turn. A script's sources and a person are here, those that ask a VLM in `inference.language`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
 from jaxtyping import Array, Int
 
 from wallwm_jax.types import Observation, Text, pytree_dataclass
@@ -35,7 +38,8 @@ class TextContext:
   """What a source may read before a turn.
 
   obs: what the policy is about to see, B = 1. captions: the environment's table. instruction: the
-  row of it that is the task. event: the row of the next scripted event, known to the environment
+  row of it that is the task. script: [S] rows of the events that such a task consists of, in order,
+  NOTHING behind the last. event: the row of the next scripted event, known to the environment
   alone: only sources that follow its script may read it. step: number of the turn. clock: future
   latents of all turns before it, the only time that a policy can tell.
   """
@@ -43,6 +47,7 @@ class TextContext:
   obs: Observation
   captions: CaptionTable
   instruction: Int[Array, '']
+  script: Int[Array, 'S']
   event: Int[Array, '']
   step: Int[Array, '']
   clock: Int[Array, '']
@@ -103,6 +108,44 @@ def request(text: Text, length, caption) -> Request:
 instruction = stateless(lambda context: lookup(context.captions, context.instruction))
 # Source 2: the atomic instruction, caption of the next event of the environment's script.
 atomic = stateless(lambda context: lookup(context.captions, context.event))
+
+
+@pytree_dataclass
+class Place:
+  """Memory of `timed`: the place in the script, and the clock at which its event has run out."""
+
+  index: Int[Array, '']
+  until: Int[Array, '']
+
+
+def _timed(context: TextContext, place: Place) -> tuple[Request, Place]:
+  over = context.clock >= place.until
+  last = jnp.sum(context.script != NOTHING) - 1
+  index = jnp.where(over, jnp.minimum(place.index + 1, last), place.index).astype(jnp.int32)
+  said = lookup(context.captions, context.script[index])
+  until = jnp.where(over, context.clock + said.length, place.until)
+  return dataclasses.replace(said, length=until - context.clock), Place(index, until)
+
+
+# The events of the task in order, each for as long as it usually lasts by the policy's own clock,
+# then the last one on and on: open loop, nothing is read off the environment.
+timed = Source(lambda captions: Place(jnp.int32(-1), jnp.int32(0)), _timed)
+
+# (instruction, step, clock), int32 [], as in TextContext -> what a person asks for.
+Ask = Callable[[np.ndarray, np.ndarray, np.ndarray], Request]
+
+
+def human(ask: Ask) -> Source:
+  """A person is asked before every turn; `ask` answers in NumPy, text with B = 1.
+
+  A call to the host, which waits for it: for attempts that run one at a time.
+  """
+
+  def speak(context: TextContext) -> Request:
+    shape = jax.eval_shape(lookup, context.captions, context.instruction)
+    return io_callback(ask, shape, context.instruction, context.step, context.clock)
+
+  return stateless(speak)
 
 
 def switched(sources: Sequence[Source], schedule: Int[Array, 'S']) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,17 +34,22 @@ class MetaWorldEnv:
   policy may see; `step(target)` acts. Success is Meta-World's: `info['success']` was 1 at any step.
   """
 
-  def __init__(self, task: str, size: tuple[int, int] = (96, 96)):
-    """task: name without version suffix; size: (H, W) px of every view.
+  def __init__(
+    self, task: str, size: tuple[int, int] = (96, 96), views: Sequence[str] = VIEWS
+  ):
+    """task: name without version suffix; size: (H, W) px of every view; views: those to render.
 
     Raises:
-      ConfigError: unknown task, a size below 8 px, or Meta-World is missing or cannot render.
+      ConfigError: unknown task or view, a size below 8 px, or Meta-World is missing or cannot
+        render.
     """
+    if not views or not set(views) <= set(VIEWS):
+      raise ConfigError(f'views: expected some of the cameras {VIEWS}, got {tuple(views)}.')
     if len(size) != 2 or min(size) < SMALLEST:
       raise ConfigError(f'size: expected (H, W) of at least {SMALLEST} px, got {tuple(size)}.')
     self.task: str = task
     self.words: MetaWorldTask = task_of(task)
-    self.size = tuple(size)
+    self.size, self.views = tuple(size), tuple(views)
     self._library = library.load()
     self._env = self._renderer = None
     self.steps, self.succeeded = 0, False
@@ -143,7 +149,7 @@ class MetaWorldEnv:
     if self._renderer is None:
       self._renderer = self._make_renderer(2 * height, 2 * width)
     frames = {}
-    for view in VIEWS:
+    for view in self.views:
       self._renderer.update_scene(self._env.data, camera=view)
       large = self._renderer.render().reshape(height, 2, width, 2, 3)
       image = np.round(large.mean((1, 3), dtype=np.float32)).astype(np.uint8)

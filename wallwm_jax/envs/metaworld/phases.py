@@ -11,12 +11,13 @@ import ast
 import inspect
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 
 from wallwm_jax.data.primitives import merge_runs
 from wallwm_jax.data.schema import EventSpan
-from wallwm_jax.envs.metaworld.tasks import BRANCH_PHASES, phase_caption
+from wallwm_jax.envs.metaworld.tasks import BRANCH_PHASES, phase_caption, script_phases
 
 # Chatter of a script's thresholds is no event: a visit to a phase of fewer steps than SHORTEST, and
 # a return to an earlier phase of fewer than RETURN.
@@ -41,6 +42,44 @@ class Expert:
     ]
     phase = self._phases[taken[-1] if taken else 0]
     return np.clip(np.asarray(command, np.float64), -1, 1), phase
+
+
+class Watch:
+  """Where the script of a task stands in an episode that somebody else acts in.
+
+  A phase counts once the script has been in it for SHORTEST steps in a row, as it takes to be an
+  event of a demonstration.
+
+  event: the phase (index into METAWORLD[task].phases) that it is in; completed: how many phases of
+  its script lie behind the furthest one.
+  """
+
+  def __init__(self, task: str, policy):
+    self._expert, self._order = Expert(task, policy), script_phases(task)
+    self._last, self._run = -1, 0
+    self.event, self.completed = -1, 0
+
+  def see(self, observation: np.ndarray) -> None:
+    """The next step: a privileged observation [39]."""
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # the experts warn of every command that is clipped
+      _, phase = self._expert.act(observation)
+    self._run = self._run + 1 if phase == self._last else 1
+    self._last = phase
+    if self._run >= SHORTEST or self.event < 0:
+      self.event = phase
+    if self._run >= SHORTEST:
+      self.completed = max(self.completed, self._order.index(phase))
+
+  @property
+  def progress(self) -> float:
+    """0..100, below 100: the share of the script's phases that are completed."""
+    return 100 * self.completed / len(self._order)
+
+  @property
+  def furthest(self) -> int:
+    """The furthest phase that counts; the first one to begin with."""
+    return self._order[self.completed]
 
 
 def branches(policy_class) -> tuple[str, list[tuple[int, int]]]:

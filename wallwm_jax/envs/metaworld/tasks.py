@@ -76,6 +76,13 @@ SUITES = {
   ),
   'MT50': tuple(METAWORLD),
 }
+# Everything that a policy may be told: instructions, then events. Rows of a caption table.
+CAPTIONS = tuple(
+  dict.fromkeys(
+    [task.instruction for task in METAWORLD.values()]
+    + [caption for task in METAWORLD.values() for caption in task.phases]
+  )
+)
 
 
 def task_of(name: str) -> MetaWorldTask:
@@ -111,6 +118,21 @@ def select_tasks(wanted: str | Sequence[str]) -> tuple[str, ...]:
 def phase_caption(task: str, phase: int) -> str:
   """What the robot does in an event of a task."""
   return METAWORLD[task].phases[phase]
+
+
+def script_phases(task: str) -> list[int]:
+  """The events that the expert of a task goes through, in order, as indices into its phases."""
+  return sorted({int(digit) for digit in BRANCH_PHASES[task]})
+
+
+def script_rows(task: str) -> list[int]:
+  """The same as rows of CAPTIONS."""
+  return [CAPTIONS.index(phase_caption(task, phase)) for phase in script_phases(task)]
+
+
+def instruction_row(task: str) -> int:
+  """Row of CAPTIONS."""
+  return CAPTIONS.index(task_of(task).instruction)
 
 
 def _nearest(name: str) -> str:

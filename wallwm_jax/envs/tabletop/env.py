@@ -86,6 +86,12 @@ def task_caption(state: TabletopState) -> Int[Array, '']:
   return state.task.instruction
 
 
+def script(state: TabletopState) -> Int[Array, 'S']:
+  """Indices into CAPTIONS of the task's events in order, -1 behind the last."""
+  rows = jax.vmap(event_caption)(state.task.script)
+  return jnp.where(jnp.arange(len(rows)) < state.task.length, rows, -1)
+
+
 @functools.cache
 def env_fns(config: TabletopConfig = TabletopConfig()) -> EnvFns:
   """The environment as pure functions (see EnvFns); equal configs give the very same functions."""
@@ -96,6 +102,7 @@ def env_fns(config: TabletopConfig = TabletopConfig()) -> EnvFns:
     execute=functools.partial(execute, config=config),
     caption=caption,
     task_caption=task_caption,
+    script=script,
     progress=rubric.progress,
     success=rubric.success,
   )
