@@ -39,7 +39,8 @@ class Policy(Protocol):
   metadata: what a client is told when it connects. start() -> what a connection remembers.
   check(request, memory) -> work: refuses what cannot be answered (DataError that names the field,
   what was expected and what came), and notes what the session asks for; runs where frames arrive,
-  so it must be quick. infer(works) -> one reply each, in order; runs in a thread of its own.
+  so it must be quick. infer(works) -> one reply each, in order; runs in a thread of its own,
+  and once more for every single work where it fails for several.
   """
 
   metadata: Mapping[str, Any]
@@ -127,7 +128,13 @@ class PolicyServer:
     work = self._policy.check(request, memory)
     waiting = _Waiting(work, asyncio.get_running_loop().create_future())
     self._queue.put_nowait(waiting)
-    return dict(await waiting.reply), style or wire.OPENPI
+    reply = await waiting.reply
+    if not isinstance(reply, Mapping):
+      raise RuntimeError(
+        f'{type(self._policy).__name__}.infer: expected a dict of a reply, got '
+        f'{type(reply).__name__}.'
+      )
+    return dict(reply), style or wire.OPENPI
 
   async def _work(self) -> None:
     loop = asyncio.get_running_loop()
@@ -135,12 +142,8 @@ class PolicyServer:
       batch = [await self._queue.get()]
       while len(batch) < self._max_batch and not self._queue.empty():
         batch.append(self._queue.get_nowait())
-      try:
-        replies = await loop.run_in_executor(
-          self._thread, self._policy.infer, [waiting.work for waiting in batch]
-        )
-      except Exception as error:
-        replies = [error] * len(batch)
+      works = [waiting.work for waiting in batch]
+      replies = await loop.run_in_executor(self._thread, _answers, self._policy, works)
       for waiting, reply in zip(batch, replies, strict=True):
         if waiting.reply.done():  # its connection is gone
           continue
@@ -148,6 +151,23 @@ class PolicyServer:
           waiting.reply.set_exception(reply)
         else:
           waiting.reply.set_result(reply)
+
+
+def _answers(policy: Policy, works: Sequence[Any]) -> list[Mapping[str, Any] | Exception]:
+  """A reply or an error for each; where a batch fails its works are tried one by one, so that the
+  others do not pay for the one that cannot be answered."""
+  try:
+    replies = list(policy.infer(works))
+    if len(replies) != len(works):
+      raise RuntimeError(
+        f'{type(policy).__name__}.infer: expected one reply for each of {len(works)} requests, got '
+        f'{len(replies)}.'
+      )
+    return replies
+  except Exception as error:
+    if len(works) == 1:
+      return [error]
+  return [reply for work in works for reply in _answers(policy, [work])]
 
 
 def _health(connection: ServerConnection, request: Request) -> Response | None:
