@@ -26,7 +26,7 @@ from wallwm_jax.evaluation.closed_loop import (
   time_to_success,
 )
 from wallwm_jax.inference import language, sources
-from wallwm_jax.inference.language import PlanningTable
+from wallwm_jax.inference.language import PLANNERS, SPEAKERS, PlanningTable
 from wallwm_jax.inference.rollout import (
   LoopSpec,
   Rollout,
@@ -42,13 +42,6 @@ from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 32  # attempts that run side by side
 SCRIPTS = {'instruction': sources.instruction, 'atomic': sources.atomic}
-# Sources that ask a VLM, and the trained parts of the model that each needs.
-SPEAKERS = {
-  'planner': (language.planner, ('heads',)),
-  'conditioned': (language.conditioned, ('heads',)),
-  'staircase': (language.staircase, ('heads', 'staircase')),
-}
-PLANNERS = ('planner', 'conditioned')  # sources that name the caption they go by
 SOURCES = (*SCRIPTS, *SPEAKERS)
 
 

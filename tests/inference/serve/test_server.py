@@ -1,57 +1,16 @@
 """The server against clients of its own machine: the protocol, many at once, and bad ones."""
 
-import asyncio
-import contextlib
 import threading
 import time
 import urllib.request
 
 import numpy as np
 import pytest
+from clients import Client, serving
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 from wallwm_jax.inference.serve import wire
 from wallwm_jax.inference.serve.echo import EchoPolicy
-from wallwm_jax.inference.serve.server import PolicyServer
-
-
-class Client:
-  """Speaks like the published one; asks one thing at a time."""
-
-  def __init__(self, port, style=wire.OPENPI):
-    self.socket = connect(f'ws://127.0.0.1:{port}', compression=None, max_size=None).__enter__()
-    self.metadata, self.style = wire.decode(self.socket.recv())[0], style
-
-  def infer(self, request):
-    self.socket.send(wire.encode(request, self.style))
-    reply = self.socket.recv()
-    if isinstance(reply, str):
-      raise RuntimeError(f'Error in inference server:\n{reply}')
-    return wire.decode(reply)[0]
-
-
-@contextlib.contextmanager
-def serving(policy, **options):
-  """The port of a server that runs in a thread of its own."""
-  started, box = threading.Event(), {}
-
-  async def main():
-    async with PolicyServer(policy, '127.0.0.1', 0, **options) as server:
-      box['port'], box['stop'] = server.port, asyncio.Event()
-      box['loop'] = asyncio.get_running_loop()
-      started.set()
-      await box['stop'].wait()
-
-  thread = threading.Thread(target=asyncio.run, args=(main(),))
-  thread.start()
-  try:
-    assert started.wait(10)
-    yield box['port']
-  finally:
-    box['loop'].call_soon_threadsafe(box['stop'].set)
-    thread.join(10)
-    assert not thread.is_alive()
 
 
 @pytest.fixture
