@@ -55,11 +55,13 @@ def run(args: argparse.Namespace) -> None:
 
   from wallwm_jax.evaluation.base import environment
   from wallwm_jax.inference.serve.server import PolicyServer
+  from wallwm_jax.inference.serve.wallx import WallX
 
   policy = _echo(args) if args.echo else make_policy(args)
   if not args.echo:
     print('compiling ...', flush=True)
     policy.warm_up()
+    policy = WallX(policy)
   policy.metadata |= {
     'environment': environment(),
     'cold_start_s': round(time.monotonic() - _BEGUN, 3),

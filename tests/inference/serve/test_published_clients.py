@@ -12,8 +12,10 @@ import pytest
 from clients import encode, request, resize, serving
 
 from wallwm_jax.inference.export import export_policy
+from wallwm_jax.inference.serve import wire
 from wallwm_jax.inference.serve.engines import ModelEngine
 from wallwm_jax.inference.serve.model import ModelPolicy
+from wallwm_jax.inference.serve.wallx import WallX
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 CLIENTS = ROOT / '.cache' / 'clients'
@@ -43,6 +45,38 @@ except RuntimeError as error:
   found['refused'] = str(error)
 else:
   found['refused'] = ''
+print(json.dumps(found))
+"""
+
+# As wall-x's own client does: msgpack patched, and each message packed and unpacked by it.
+NUMPY = """
+import json, sys
+import msgpack
+import msgpack_numpy
+import numpy as np
+from websockets.sync.client import connect
+
+msgpack_numpy.patch()
+rng = np.random.default_rng(0)
+arrays = [np.arange(3, dtype='<f4'), rng.integers(0, 256, (2, 4, 3), np.uint8), np.zeros((0, 2)),
+          np.array([True, False]), np.arange(4, dtype='>i2'), np.float32(1.5), np.int64(-3)]
+message = {'views': arrays[1], 'rows': [1, 'two', None, 3.0, True], 'state': {'x': arrays[0]}}
+found = {'bytes': [msgpack.packb(x).hex() for x in [*arrays, message]]}
+with connect(f'ws://127.0.0.1:{sys.argv[1]}', compression=None, max_size=None) as socket:
+  found['metadata'] = msgpack.unpackb(socket.recv())
+  image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+  socket.send(msgpack.packb({'views': {'camera_front': image, 'camera_wrist': image},
+                             'state': {'follow1_pos': [0.1, 0.2, 0.3, 0.0, 0.0, 0.5, 1.0]},
+                             'instruction': 'lift the cube'}))
+  found['moves'] = msgpack.unpackb(socket.recv())
+  socket.send(msgpack.packb({'front_view': image, 'wrist_view': image, 'prompt': 'lift the cube',
+                             'state': np.float32([[0, 0, 0, 1, 0, 0, 0, 1, 0, 1]]),
+                             'dataset_names': ['x2']}))
+  action = msgpack.unpackb(socket.recv())['action']
+  assert isinstance(action, np.ndarray), action
+  found['action'] = [str(action.dtype), action.shape]
+  socket.send(msgpack.packb({'views': {}, 'state': image}))
+  found['refused'] = socket.recv()
 print(json.dumps(found))
 """
 
@@ -136,3 +170,28 @@ def test_openpi_drives_an_exported_model_behind_the_command(command, cfg, params
   told = found['metadata']
   assert told['modes'] == ['event', 'chunk'] and told['environment']['jax']
   assert 0 < told['cold_start_s'] < 120 and not told['real_time_chunking']
+
+
+def test_msgpack_numpy_reads_and_writes_the_same_bytes_and_is_answered(cfg, params):
+  policy = WallX(ModelPolicy(ModelEngine(cfg, params, bucket=2, max_batch=1), encode, resize))
+  with serving(policy) as port:
+    found = published(NUMPY, port)
+  rng = np.random.default_rng(0)
+  arrays = [
+    np.arange(3, dtype='<f4'), rng.integers(0, 256, (2, 4, 3), np.uint8), np.zeros((0, 2)),
+    np.array([True, False]), np.arange(4, dtype='>i2'), np.float32(1.5), np.int64(-3),
+  ]  # fmt: skip
+  message = {'views': arrays[1], 'rows': [1, 'two', None, 3.0, True], 'state': {'x': arrays[0]}}
+  for value, golden in zip([*arrays, message], found['bytes'], strict=True):
+    assert wire.encode(value, wire.NUMPY).hex() == golden
+    back, style = wire.decode(bytes.fromhex(golden))
+    assert style == wire.NUMPY
+    np.testing.assert_equal(back, value)
+  assert found['metadata']['model'] == 'wall-x' and found['metadata']['batch_enabled'] is True
+  np.testing.assert_allclose(
+    found['moves']['follow1_pos'][0], [0.1, 0.2, 0.3, 0, 0, 0.5, 1], atol=1e-6
+  )
+  assert np.shape(found['moves']['follow1_pos']) == (9, 7)
+  assert set(found['moves']) == {'follow1_pos', 'server_timing'}
+  assert found['action'] == ['float32', [8, 10]]
+  assert 'state: expected numbers [10], got uint8 [16, 16, 3]' in found['refused']
