@@ -53,19 +53,10 @@ def add_parser(verbs) -> None:
 def run(args: argparse.Namespace) -> None:
   import asyncio
 
-  from wallwm_jax.evaluation.base import environment
   from wallwm_jax.inference.serve.server import PolicyServer
-  from wallwm_jax.inference.serve.wallx import WallX
 
-  policy = _echo(args) if args.echo else make_policy(args)
-  if not args.echo:
-    print('compiling ...', flush=True)
-    policy.warm_up()
-    policy = WallX(policy)
-  policy.metadata |= {
-    'environment': environment(),
-    'cold_start_s': round(time.monotonic() - _BEGUN, 3),
-  }
+  policy = _echo(args) if args.echo else _ready(make_policy(args))
+  policy.metadata |= {'cold_start_s': round(time.monotonic() - _BEGUN, 3)}
 
   async def forever() -> None:
     async with PolicyServer(policy, args.host, args.port, args.max_batch) as server:
@@ -82,6 +73,17 @@ def _echo(args: argparse.Namespace):
   from wallwm_jax.inference.serve.echo import EchoPolicy
 
   return EchoPolicy(dim=args.dim)
+
+
+def _ready(policy):
+  """A ModelPolicy compiled, in both dialects, that tells what it runs on."""
+  from wallwm_jax.evaluation.base import environment
+  from wallwm_jax.inference.serve.wallx import WallX
+
+  print('compiling ...', flush=True)
+  policy.warm_up()
+  policy.metadata |= {'environment': environment()}
+  return WallX(policy)
 
 
 def make_policy(args: argparse.Namespace):

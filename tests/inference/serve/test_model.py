@@ -143,6 +143,8 @@ BAD = {
   'long text': ({'event': 'x' * 2001}, 'event: expected a text of 1..2000 characters, got 2001'),
   'no text': ({'event': 7}, 'got int'),
   'reset': ({'reset': 1}, 'reset: expected true or false'),
+  'other actions': ({'action_dim': 7}, 'action_dim: expected 10, that of this model, got 7'),
+  'other statistics': ({'norm_hash': 'ab'}, "norm_hash: expected '[0-9a-f]{16}', .* got 'ab'"),
 }
 
 

@@ -142,7 +142,8 @@ def test_an_early_request_and_its_answer(recorder):
     ({'instruction': 7}, 'instruction: expected a text'),
     ({'infer_mode': 'ar'}, r"infer_mode: expected one of \['flow', 'flow_with_.*'\], got 'ar'"),
     ({'robot_action_start_ratio': 0.9, 'robot_action_end_ratio': 0.1}, 'start < end <= 1, got 0.9'),
-    ({'robot_action_interpolate_multiplier': 10}, 'multiplier: expected 1, got 10'),
+    ({'robot_action_interpolate_multiplier': 10}, 'multiplier: expected 1, .* got 10'),
+    ({'robot_action_interpolate_multiplier': np.ones(2)}, 'multiplier: expected 1, .* got array'),
   ],
 )
 def test_bad_fields_are_named(recorder, changes, message):

@@ -4,6 +4,7 @@ what was expected and what came."""
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from wallwm_jax.types import DataError
 EVENT, PROMPT = 'event', 'prompt'  # the next event, the whole task
 TEXTS = (EVENT, PROMPT)
 LONGEST = 2000  # characters of a text
+_SHOWN = 80  # characters of a field's name in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ def check_names(request: Mapping[str, Any], known: Collection[str]) -> None:
   """Raises DataError where a field is none of the known ones."""
   for name in request:
     if name not in known:
-      raise DataError(f'{name}: not a field of this policy.{nearest(str(name), sorted(known))}')
+      shown = str(name)[:_SHOWN]
+      raise DataError(f'{shown}: not a field of this policy.{nearest(shown, sorted(known))}')
 
 
 def flag(request: Mapping[str, Any], name: str) -> bool:
@@ -45,11 +48,18 @@ def flag(request: Mapping[str, Any], name: str) -> bool:
   return value
 
 
+def claim(request: Mapping[str, Any], name: str, true: Any) -> None:
+  """Raises DataError where a request counts on another value than the true one."""
+  value = request.get(name, true)
+  if type(value) is not type(true) or value != true:
+    raise DataError(f'{name}: expected {true!r}, that of this model, got {reprlib.repr(value)}.')
+
+
 def choice(request: Mapping[str, Any], name: str, known: Collection[str], default: str) -> str:
   """One of the known names."""
   value = request.get(name, default)
   if not isinstance(value, str) or value not in known:
-    raise DataError(f'{name}: expected one of {list(known)}, got {value!r}.')
+    raise DataError(f'{name}: expected one of {list(known)}, got {reprlib.repr(value)}.')
   return value
 
 
@@ -85,7 +95,7 @@ def steps(request: Mapping[str, Any], name: str) -> int:
   """A number of steps >= 0."""
   value = request.get(name)
   if type(value) is not int or value < 0:
-    raise DataError(f'{name}: expected a number of steps >= 0, got {value!r}.')
+    raise DataError(f'{name}: expected a number of steps >= 0, got {reprlib.repr(value)}.')
   return value
 
 

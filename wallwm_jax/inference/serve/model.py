@@ -3,7 +3,8 @@
 A request holds the state, one picture (or the pictures since the last request, oldest first) of
 every camera, text, the `mode` and the `source` of text; a session keeps texts, mode and source
 until others come, what its source has planned, and the past that unified mode looks back on.
-`reset` forgets all. Every other field is an error that names it.
+`reset` forgets all. A client may say which `action_dim` and `norm_hash` it counts on, and is
+refused where this model has others. Every other field is an error that names it.
 
 Sources of text: 'instruction' is the client's `prompt` and 'atomic' its `event`; unless a session
 has chosen, it is told by the text that came last. 'planner', 'conditioned' and 'staircase' ask a
@@ -45,7 +46,8 @@ from wallwm_jax.types import (
 GIVEN = {'atomic': EVENT, 'instruction': PROMPT}  # sources that are a text of the client
 # Features of texts that are kept: those of UMT5 are 512 x 4096 floats, 8 MiB a text.
 _TEXTS = 64
-_OPTIONS = ('mode', 'source', 'reset', 'executed', 'delay')
+_CLAIMS = ('action_dim', 'norm_hash')  # what a client may rely on, told in the metadata
+_OPTIONS = ('mode', 'source', 'reset', 'executed', 'delay', *_CLAIMS)
 
 
 @dataclasses.dataclass
@@ -140,6 +142,8 @@ class ModelPolicy:
     keys, dim = self._keys, self._config.model.action_spec.dim
     known = {keys.state, *keys.views.values(), *fields.TEXTS, *_OPTIONS}
     fields.check_names(request, known)
+    for name in _CLAIMS:
+      fields.claim(request, name, self.metadata[name])
     session = self.start() if fields.flag(request, 'reset') else dataclasses.replace(memory)
     mode = fields.choice(request, 'mode', tuple(self._windows), session.mode)
     given = {name: text for name in fields.TEXTS if (text := fields.text(request, name))}

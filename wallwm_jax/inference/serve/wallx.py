@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,9 +114,10 @@ class WallX:
       del request['infer_mode']
       asked['source'], subtask = _SOURCES[mode], mode == 'flow_with_subtask'
     multiplier = request.pop(_MULTIPLIER, 1)
-    if multiplier != 1:
+    if type(multiplier) is not int or multiplier != 1:
       raise DataError(
-        f'{_MULTIPLIER}: expected 1, got {multiplier!r}: interpolation is left to the client.'
+        f'{_MULTIPLIER}: expected 1, interpolation is left to the client, got '
+        f'{reprlib.repr(multiplier)}.'
       )
     form = Form(arms, still, _part(request), subtask)
     return request | asked, form
@@ -144,7 +146,8 @@ class WallX:
     aliases, found = self._aliases(), {}
     for where, (name, picture) in given.items():
       if name not in aliases:
-        raise DataError(f'{where}: not a camera of this policy. Known: {", ".join(aliases)}.')
+        shown = reprlib.repr(where).strip("'")
+        raise DataError(f'{shown}: not a camera of this policy. Known: {", ".join(aliases)}.')
       if aliases[name] in found:
         raise DataError(f'{where}: expected each camera once, got {aliases[name]} twice.')
       found[aliases[name]] = _picture(where, picture)
@@ -200,7 +203,8 @@ def _part(request: dict[str, Any]) -> tuple[float, float]:
   numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (start, end))
   if not numbers or not 0 <= start < end <= 1:
     raise DataError(
-      f'{_RATIOS[0]}, {_RATIOS[1]}: expected 0 <= start < end <= 1, got {start!r}, {end!r}.'
+      f'{_RATIOS[0]}, {_RATIOS[1]}: expected 0 <= start < end <= 1, got '
+      f'{reprlib.repr(start)}, {reprlib.repr(end)}.'
     )
   return float(start), float(end)
 
