@@ -12,6 +12,7 @@ STAMP := $(VENV)/.installed
 AOT := $(VENV)/.aot
 TORCH := .cache/torch
 METAWORLD := .cache/metaworld
+CLIENTS := .cache/clients
 CODE := wallwm_jax data kernels experiments benchmarks tests
 
 .DEFAULT_GOAL := help
@@ -23,10 +24,10 @@ help:  ## list the targets
 quickstart: $(STAMP)  ## collect data, train, evaluate and write runs/quickstart/report.html (QUICKSTART_ARGS=...)
 	$(BIN)/wallwm quickstart $(QUICKSTART_ARGS)
 
-test: $(AOT)  ## the whole test suite on CPU (PYTEST_ARGS=..., WORKERS=2)
+test: $(AOT) $(CLIENTS)/.installed  ## the whole test suite on CPU (PYTEST_ARGS=..., WORKERS=2)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
-test-fast: $(AOT)  ## the tests that take seconds
+test-fast: $(AOT) $(CLIENTS)/.installed  ## the tests that take seconds
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 test-metaworld: $(METAWORLD)/.installed  ## the tests in Meta-World (draws with the Debian package libosmesa6)
@@ -50,6 +51,14 @@ clean:  ## remove .venv, caches and build output (runs/ stays)
 # Tests compile for TPUs, which needs no TPU but its compiler.
 $(AOT): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[aot]'
+	@touch $@
+
+# The published clients that the policy server is tested with, apart from .venv and without what they
+# ask for: openpi-client pins NumPy 1, and runs with what .venv has.
+$(CLIENTS)/.installed: $(STAMP)
+	rm -rf $(CLIENTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	  --target $(CLIENTS) openpi-client msgpack-numpy
 	@touch $@
 
 # Apart from .venv: nothing of this project needs torch.

@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 
 from wallwm_jax.inference.serve import wire
 
-IMAGES = {f'observation/image_{i}': np.zeros((224, 224, 3), np.uint8) for i in range(2)}
+IMAGES = {f'observation/image_{i}': np.zeros((224, 224, 3), np.uint8) for i in range(3)}
 STATE = {'observation/state': np.zeros(8, np.float32)}
 
 
@@ -32,22 +32,34 @@ def main() -> None:
     port = int(server.stdout.readline().split(',')[0].rsplit(':', 1)[1])
     figures = {
       'state only': trips(port, STATE, args.trips),
-      'two images of 224x224': trips(port, STATE | IMAGES, args.trips // 4),
-      'beside three clients, one that does not read': crowded(port, args.trips // 4),
+      'three pictures of 224x224': trips(port, STATE | IMAGES, args.trips),
+      'three clients at 20 Hz': crowd(port, args.trips // 10, slow=False),
+      'the same three beside a slow one': crowd(port, args.trips // 10, slow=True),
       'malformed frames': malformed(port, args.malformed),
-      'afterwards': trips(port, STATE, args.trips // 4),
+      'afterwards, state only': trips(port, STATE, args.trips),
     }
     assert server.poll() is None, 'the server ended'
   finally:
     server.terminate()
   harness.report(
     'round trip of the echo policy over loopback', 'ms', args.trips,
-    value=figures['state only']['p50'], **figures, goal='p50 <= 1',
+    value=figures['three pictures of 224x224']['p50'], **figures, goal='p50 <= 1',
   )  # fmt: skip
 
 
-def trips(port: int, request: dict, count: int) -> dict[str, float]:
-  """Percentiles in ms; the encoding of the client is part of them."""
+def trips(port: int, request: dict, count: int, period: float = 0.0) -> dict[str, float]:
+  """Percentiles in ms, asking every `period` seconds (0 = at once); the encoding of the client is
+  part of them."""
+  return percentiles(measure(port, request, count, period))
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+  ranks = {'min': 0, 'p50': 50, 'p90': 90, 'p99': 99}
+  return {name: round(float(np.percentile(times, q)), 3) for name, q in ranks.items()}
+
+
+def measure(port: int, request: dict, count: int, period: float) -> list[float]:
+  """Round trips in ms, the first 20 left out."""
   with connect(f'ws://127.0.0.1:{port}', compression=None, max_size=None) as socket:
     socket.recv()
     times = []
@@ -56,28 +68,44 @@ def trips(port: int, request: dict, count: int) -> dict[str, float]:
       socket.send(wire.encode(request))
       wire.decode(socket.recv())
       times.append(1e3 * (time.perf_counter() - begun))
-  return {f'p{q}': round(float(np.percentile(times[20:], q)), 3) for q in (50, 90, 99)}
+      time.sleep(max(period - times[-1] / 1e3, 0))
+  return times[20:]
 
 
-def crowded(port: int, count: int) -> dict[str, float]:
-  """One client's percentiles while two others ask all the time and a third never reads."""
-  done = threading.Event()
+def crowd(port: int, count: int, slow: bool) -> dict[str, float]:
+  """Percentiles over three clients that ask with three pictures every 50 ms; `slow` adds one whose
+  requests arrive bit by bit, with a reply that it does not read for a while."""
+  times, done = [], threading.Event()
 
-  def busy():
-    while not done.is_set():
-      trips(port, STATE, 20)
+  def ask():
+    times.extend(measure(port, STATE | IMAGES, count, 0.05))
 
-  with connect(f'ws://127.0.0.1:{port}', compression=None, max_size=None) as deaf:
-    for _ in range(100):
-      deaf.send(wire.encode(STATE))
-    others = [threading.Thread(target=busy) for _ in range(2)]
-    for other in others:
-      other.start()
-    found = trips(port, STATE, count)
-    done.set()
-    for other in others:
-      other.join()
-  return found
+  def dawdle():
+    frame = wire.encode(STATE | IMAGES)
+    with connect(f'ws://127.0.0.1:{port}', compression=None, max_size=None) as socket:
+      socket.recv()
+      while not done.is_set():
+        socket.send(slowly(frame))
+        time.sleep(0.1)
+        socket.recv()
+
+  clients = [threading.Thread(target=ask) for _ in range(3)]
+  dawdler = threading.Thread(target=dawdle)
+  for thread in [*clients, *([dawdler] if slow else [])]:
+    thread.start()
+  for thread in clients:
+    thread.join()
+  done.set()
+  if slow:
+    dawdler.join()
+  return percentiles(times)
+
+
+def slowly(frame: bytes, parts: int = 20):
+  """A frame in fragments, 20 ms apart."""
+  for part in np.array_split(np.frombuffer(frame, np.uint8), parts):
+    yield part.tobytes()
+    time.sleep(0.02)
 
 
 def malformed(port: int, count: int) -> dict[str, int]:

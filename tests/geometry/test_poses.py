@@ -20,6 +20,17 @@ def random_pose(rng, *shape, arms=1):
   return np.concatenate(parts, axis=-1)
 
 
+def test_euler_angles_come_back():
+  rng = np.random.default_rng(3)
+  angles = rng.uniform(-np.pi, np.pi, (50, 3)) * [1, 0.49, 1]
+  np.testing.assert_allclose(
+    poses.matrix_to_euler(poses.euler_to_matrix(angles)), angles, atol=1e-12
+  )
+  straight_up = poses.euler_to_matrix(np.array([0.3, np.pi / 2, -0.4]))
+  again = poses.euler_to_matrix(poses.matrix_to_euler(straight_up))
+  np.testing.assert_allclose(again, straight_up, atol=1e-7)
+
+
 def test_euler_is_rotation_about_fixed_axes_x_then_y_then_z():
   quarter = np.pi / 2
   x, y, z = np.eye(3)

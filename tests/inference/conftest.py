@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import point_mass_env
 import pytest
+import tiny_language
 
 from wallwm_jax import config as configs
 from wallwm_jax.inference import unified
@@ -88,3 +89,14 @@ def env():
 def captions(cfg) -> CaptionTable:
   text = make_text(np.random.default_rng(7), point_mass_env.NUM_CAPTIONS, cfg.model.text)
   return CaptionTable(text, np.array([1, 2, 2], np.int32))
+
+
+@pytest.fixture(scope='session')
+def side_cfg(cfg) -> configs.ExperimentConfig:
+  """`cfg` with a language side."""
+  return tiny_language.make_config(cfg)
+
+
+@pytest.fixture(scope='session')
+def side_params(side_cfg, params) -> InferenceParams:
+  return tiny_language.make_params(side_cfg, params, tiny_language.make_layout())

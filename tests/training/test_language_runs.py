@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from wallwm_jax import weights
-from wallwm_jax.commands import tiny_vlm
+from wallwm_jax import cli, weights
+from wallwm_jax.commands import serve, tiny_vlm
 from wallwm_jax.commands.language_scores import Moments, evaluate, reasonings
 from wallwm_jax.data.moments import caption_bank
 from wallwm_jax.data.store import EventStore
@@ -78,6 +78,21 @@ def test_five_stages_in_a_row(tiny, store, made, tmp_path):
   thoughts = reasonings(dataclasses.replace(seen, limit=2))
   assert len(thoughts) == 2 and 'wander' in thoughts[0].trace
   assert thoughts[0].frames.shape == (2, 16, 32, 3)
+
+  # Behind the server each run is told as it was trained, and may be told otherwise.
+  for stage, source in (('4', 'instruction'), ('5', 'staircase')):
+    words = ['serve', '--workdir', str(tmp_path / stage), '--store', str(store), '--modes', 'chunk']
+    policy = serve.make_policy(cli.make_parser().parse_args(words))
+    spoken = ['planner', 'conditioned', 'staircase']
+    assert policy.metadata['sources'] == ['atomic', 'instruction', *spoken]
+    fields = policy.metadata['fields']
+    asked = {name: np.zeros((24, 40, 3), np.uint8) for name in fields['views'].values()}
+    asked |= {fields['state']: seen.store.info(0).state[0], 'prompt': 'go there'}
+    memory = policy.start()
+    (reply,) = policy.infer([policy.check(asked, memory)])
+    assert reply['source'] == source
+    (reply,) = policy.infer([policy.check(asked | {'source': 'planner'}, memory)])
+    assert reply['event_text'] in bank and reply['remaining_steps'] > 0
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from wallwm_jax.data.transforms import pick_caption
 from wallwm_jax.evaluation.base import bootstrap_interval
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult, evaluate, seam_jump
 from wallwm_jax.inference import language, sources
-from wallwm_jax.inference.language import PlanningTable
+from wallwm_jax.inference.language import PLANNERS, SPEAKERS, PlanningTable
 from wallwm_jax.inference.rollout import Act, Rollout, chunk_policy, event_policy
 from wallwm_jax.inference.sources import Ask, CaptionTable, Source
 from wallwm_jax.models import functional
@@ -33,13 +33,6 @@ SCRIPTS = {
   'atomic': sources.atomic,
   'timed': sources.timed,
 }
-# Sources that ask a VLM, and the trained parts of the model that each needs.
-SPEAKERS = {
-  'planner': (language.planner, ('heads',)),
-  'conditioned': (language.conditioned, ('heads',)),
-  'staircase': (language.staircase, ('heads', 'staircase')),
-}
-PLANNERS = ('planner', 'conditioned')  # sources that name the caption they go by
 HUMAN = 'human'  # a person, asked about one attempt at a time
 SOURCES = (*SCRIPTS, *SPEAKERS, HUMAN)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from wallwm_jax.commands import common
+
+_BEGUN = time.monotonic()  # the command line imports its verbs before anything else
 
 
 def add_parser(verbs) -> None:
@@ -17,6 +20,7 @@ def add_parser(verbs) -> None:
   )
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument('--workdir', help='trained run')
+  which.add_argument('--artifact', help='folder that `wallwm export` wrote with --batch 1')
   which.add_argument('--echo', action='store_true', help='no model: every action is the state')
   parser.add_argument(
     '--modes',
@@ -27,6 +31,9 @@ def add_parser(verbs) -> None:
   )
   parser.add_argument(
     '--bucket', type=int, help="event mode: future latents (the run's longest bucket)"
+  )
+  parser.add_argument(
+    '--store', help='events whose captions the VLM of --workdir may plan (no VLM is loaded)'
   )
   parser.add_argument(
     '--view',
@@ -48,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
   from wallwm_jax.inference.serve.server import PolicyServer
 
-  policy = _echo(args) if args.echo else _model(args)
+  policy = _echo(args) if args.echo else _ready(make_policy(args))
+  policy.metadata |= {'cold_start_s': round(time.monotonic() - _BEGUN, 3)}
 
   async def forever() -> None:
     async with PolicyServer(policy, args.host, args.port, args.max_batch) as server:
@@ -67,14 +75,95 @@ def _echo(args: argparse.Namespace):
   return EchoPolicy(dim=args.dim)
 
 
-def _model(args: argparse.Namespace):
+def _ready(policy):
+  """A ModelPolicy compiled, in both dialects, that tells what it runs on."""
+  from wallwm_jax.evaluation.base import environment
+  from wallwm_jax.inference.serve.wallx import WallX
+
+  print('compiling ...', flush=True)
+  policy.warm_up()
+  policy.metadata |= {'environment': environment()}
+  return WallX(policy)
+
+
+def make_policy(args: argparse.Namespace):
+  """The ModelPolicy that the arguments describe, not yet compiled.
+
+  Raises:
+    ConfigError: arguments that do not fit the model or each other. CheckpointError: nothing that
+      can be read.
+  """
   from wallwm_jax.data.images import letterbox
-  from wallwm_jax.inference.serve.model import Keys, ModelPolicy
+  from wallwm_jax.inference.serve.model import ModelPolicy
   from wallwm_jax.text.factory import make_text_encoder
-  from wallwm_jax.training.checkpoints import load_inference
   from wallwm_jax.types import ConfigError
 
-  config, params = load_inference(args.workdir)
+  if args.artifact and args.store:
+    raise ConfigError('--store: an exported policy has no VLM to plan with. Serve --workdir.')
+  engine, params = _exported(args) if args.artifact else _trained(args)
+  config = engine.config
+  encode = make_text_encoder(config.model.text).encode
+  speakers = _speakers(args.store, config, params, encode) if args.store else None
+  return ModelPolicy(
+    engine,
+    encode,
+    letterbox,
+    modes=args.modes,
+    keys=_keys(args, config),
+    speakers=speakers,
+    # Where its text was latents, no other text was ever seen in training.
+    source='staircase' if speakers and config.data.text == 'staircase' else '',
+  )
+
+
+def _trained(args: argparse.Namespace):
+  """(engine, params) of --workdir."""
+  from wallwm_jax.inference.serve.engines import ModelEngine
+  from wallwm_jax.training.checkpoints import load_inference
+
+  bank = _store(args.store)[0] if args.store else None
+  config, params = load_inference(args.workdir, captions=bank)
+  options = {'bucket': args.bucket, 'max_batch': args.max_batch, 'seed': args.seed}
+  return ModelEngine(config, params, **options), params
+
+
+def _exported(args: argparse.Namespace):
+  """(engine, None) of --artifact."""
+  import ml_collections
+
+  from wallwm_jax.config import from_config_dict
+  from wallwm_jax.inference.exported import load_exported
+  from wallwm_jax.inference.serve.engines import ExportedEngine
+
+  policy = load_exported(args.artifact)
+  config = from_config_dict(ml_collections.ConfigDict(policy.signature['config']))
+  return ExportedEngine(policy, config, bucket=args.bucket, seed=args.seed), None
+
+
+def _store(path: str) -> tuple[list[str], float]:
+  """(captions to plan, frames per second) of a store."""
+  from wallwm_jax.data.moments import caption_bank
+  from wallwm_jax.data.store import EventStore
+
+  store = EventStore(path)
+  return caption_bank(store), store.info(0).fps
+
+
+def _speakers(path: str, config, params, encode):
+  from wallwm_jax.inference.serve.speakers import Speakers
+  from wallwm_jax.text.planning import make_planning_texts
+
+  bank, fps = _store(path)
+  texts = make_planning_texts(config)
+  # Windows are cut at every stride-th frame, so that is how often the policy thinks it acts.
+  fps /= config.data.stride
+  return Speakers(config, params, texts.prompts, bank, encode(bank), fps=fps)
+
+
+def _keys(args: argparse.Namespace, config):
+  from wallwm_jax.inference.serve.fields import Keys
+  from wallwm_jax.types import ConfigError
+
   views = dict(Keys.of(config).views)
   for pair in args.view:
     view, equals, field = pair.partition('=')
@@ -83,17 +172,4 @@ def _model(args: argparse.Namespace):
         f'--view: expected VIEW=FIELD with a view of {config.model.views}, got {pair!r}.'
       )
     views[view] = field
-  policy = ModelPolicy(
-    config,
-    params,
-    make_text_encoder(config.model.text).encode,
-    letterbox,
-    modes=args.modes,
-    bucket=args.bucket,
-    keys=Keys(views, args.state),
-    max_batch=args.max_batch,
-    seed=args.seed,
-  )
-  print('compiling ...', flush=True)
-  policy.warm_up()
-  return policy
+  return Keys(views, args.state)

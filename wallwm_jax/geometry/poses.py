@@ -78,6 +78,17 @@ def euler_to_matrix(rpy):
   return xp.stack([xp.stack(row, axis=-1) for row in rows], axis=-2)
 
 
+def matrix_to_euler(matrix):
+  """Inverse of `euler_to_matrix`: [..., 3, 3] -> roll, pitch, yaw [..., 3] rad, pitch within a
+  right angle; at the right angle itself roll and yaw turn about one axis, and their split is
+  arbitrary."""
+  xp = array_namespace(matrix)
+  roll = xp.arctan2(matrix[..., 2, 1], matrix[..., 2, 2])
+  pitch = xp.arctan2(-matrix[..., 2, 0], xp.hypot(matrix[..., 0, 0], matrix[..., 1, 0]))
+  yaw = xp.arctan2(matrix[..., 1, 0], matrix[..., 0, 0])
+  return xp.stack([roll, pitch, yaw], axis=-1)
+
+
 def relative_pose(anchor, target):
   """Target poses as seen from the anchor pose.
 

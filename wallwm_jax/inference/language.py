@@ -312,6 +312,15 @@ def staircase(
   return _planning(params, table, say, cfg, fps)
 
 
+# Sources that ask a VLM by name, and the trained parts of the model that each needs.
+SPEAKERS = {
+  'planner': (planner, ('heads',)),
+  'conditioned': (conditioned, ('heads',)),
+  'staircase': (staircase, ('heads', 'staircase')),
+}
+PLANNERS = ('planner', 'conditioned')  # those that name the caption they go by
+
+
 def _planning(params, table: PlanningTable, say, cfg: ExperimentConfig, fps: float) -> Source:
   """A source that plans anew at every turn; say(context, reading, asked, row) answers with (text,
   caption asked for), given the planned caption's row of `Language.bank` and of the caption table.

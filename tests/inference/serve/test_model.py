@@ -1,48 +1,31 @@
 """A served model: its answers are those of the model, whoever else asks; sessions; bad requests."""
 
-import hashlib
-
 import jax
 import numpy as np
 import pytest
+from clients import STATE, encode, request, resize
 
 from wallwm_jax.geometry.poses import apply_relative
 from wallwm_jax.inference.event import predict_event
+from wallwm_jax.inference.serve.engines import ModelEngine
+from wallwm_jax.inference.serve.fields import Keys
 from wallwm_jax.inference.serve.model import ModelPolicy
-from wallwm_jax.types import ConfigError, DataError, Observation, Text
-
-STATE = np.float32([0.1, 0.2, 0.3, 1, 0, 0, 0, 1, 0, 1])
-
-
-def encode(texts):
-  """Features that depend on the text alone."""
-  seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
-  features = [np.random.default_rng(seed).standard_normal((4, 8)) for seed in seeds]
-  return Text(np.stack(features).astype(np.float32), np.ones((len(texts), 4), bool))
-
-
-def resize(frames, size):
-  """Repeats or drops pixels: enough to see that it was asked."""
-  rows, columns = (np.arange(n) * m // n for n, m in zip(size, frames.shape[1:3]))
-  return frames[:, rows][:, :, columns]
-
-
-def request(seed=0, size=(16, 16), **changes):
-  rng = np.random.default_rng(seed)
-  pictures = {
-    f'observation/{view}': rng.integers(0, 256, (*size, 3), np.uint8) for view in ('front', 'wrist')
-  }
-  return {'observation/state': STATE + seed, 'event': 'lift the cube'} | pictures | changes
+from wallwm_jax.types import ConfigError, DataError, Observation
 
 
 @pytest.fixture(scope='module')
-def event(cfg, params):
-  return ModelPolicy(cfg, params, encode, resize, modes=['event'], bucket=2, max_batch=4)
+def engine(cfg, params):
+  return ModelEngine(cfg, params, bucket=2, max_batch=4)
 
 
 @pytest.fixture(scope='module')
-def chunk(cfg, params):
-  return ModelPolicy(cfg, params, encode, resize, modes=['chunk'], max_batch=4)
+def event(engine):
+  return ModelPolicy(engine, encode, resize)
+
+
+@pytest.fixture(scope='module')
+def chunk(engine):
+  return ModelPolicy(engine, encode, resize, modes=['chunk'])
 
 
 def ask(policy, *requests, memory=None):
@@ -77,10 +60,10 @@ def test_the_text_is_kept_until_another_one_comes(event):
   event.check(request(), memory)
   silent = request()
   del silent['event']
-  assert event.check(silent, memory).session.text == 'lift the cube'
-  assert event.check(request(event='push it'), memory).session.text == 'push it'
-  assert event.check(silent, memory).session.text == 'push it'
-  assert event.check(silent | {'prompt': 'tidy up'}, memory).session.text == 'tidy up'
+  assert event.check(silent, memory).text == 'lift the cube'
+  assert event.check(request(event='push it'), memory).text == 'push it'
+  assert event.check(silent, memory).text == 'push it'
+  assert event.check(silent | {'prompt': 'tidy up'}, memory).text == 'tidy up'
   with pytest.raises(DataError, match='event: expected a text at least with the first'):
     event.check(silent | {'reset': True}, memory)
   assert event.check(request(), event.start()).session.turn == 1
@@ -104,8 +87,8 @@ def test_unified_mode_looks_back_on_what_the_session_saw(chunk):
   assert np.isfinite(reply['actions']).all() and reply['actions'].shape == (8, 10)
 
 
-def test_sessions_choose_their_mode(cfg, params, event, chunk):
-  both = ModelPolicy(cfg, params, encode, resize, modes=['event', 'chunk'], bucket=2, max_batch=4)
+def test_sessions_choose_their_mode(engine, event, chunk):
+  both = ModelPolicy(engine, encode, resize, modes=['event', 'chunk'])
   assert both.metadata['modes'] == ['event', 'chunk'] and both.metadata['past_frames'] == 4
   first, second, third = ask(both, request(1), request(2, mode='chunk'), request(3))
   assert [reply['mode'] for reply in (first, second, third)] == ['event', 'chunk', 'event']
@@ -134,7 +117,8 @@ def test_what_is_executed_meanwhile_begins_the_next_chunk(event):
   assert event.check(third, memory).committed.shape == (0, 10)
   for changes, message in (
     ({'executed': 6, 'delay': 3}, 'executed 6 . delay 3 steps, but the last reply had 8'),
-    ({'executed': 1}, 'delay: expected a number of steps'),
+    ({'executed': 1, 'delay': 1.0}, 'delay: expected a number of steps'),
+    ({'delay': 1}, 'executed: expected a number of steps'),
     ({'executed': -1, 'delay': 1}, 'executed: expected a number of steps'),
     ({'executed': 1, 'delay': 1, 'reset': True}, 'no last reply'),
   ):
@@ -159,6 +143,8 @@ BAD = {
   'long text': ({'event': 'x' * 2001}, 'event: expected a text of 1..2000 characters, got 2001'),
   'no text': ({'event': 7}, 'got int'),
   'reset': ({'reset': 1}, 'reset: expected true or false'),
+  'other actions': ({'action_dim': 7}, 'action_dim: expected 10, that of this model, got 7'),
+  'other statistics': ({'norm_hash': 'ab'}, "norm_hash: expected '[0-9a-f]{16}', .* got 'ab'"),
 }
 
 
@@ -169,13 +155,11 @@ def test_bad_fields_are_named(chunk, name):
   memory = chunk.start()
   with pytest.raises(DataError, match=message):
     chunk.check(asked, memory)
-  assert memory.turn == 0 and not memory.text
+  assert memory == chunk.start()
 
 
-def test_settings_that_do_not_fit_are_refused(cfg, params):
-  from wallwm_jax.inference.serve.model import Keys
-
+def test_settings_that_do_not_fit_are_refused(cfg, params, engine):
   with pytest.raises(ConfigError, match='event bucket'):
-    ModelPolicy(cfg, params, encode, resize, bucket=9)
+    ModelEngine(cfg, params, bucket=9)
   with pytest.raises(ConfigError, match='expected a field for each of'):
-    ModelPolicy(cfg, params, encode, resize, keys=Keys({'front': 'image'}))
+    ModelPolicy(engine, encode, resize, keys=Keys({'front': 'image'}))

@@ -1,57 +1,16 @@
 """The server against clients of its own machine: the protocol, many at once, and bad ones."""
 
-import asyncio
-import contextlib
 import threading
 import time
 import urllib.request
 
 import numpy as np
 import pytest
+from clients import Client, serving
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 from wallwm_jax.inference.serve import wire
 from wallwm_jax.inference.serve.echo import EchoPolicy
-from wallwm_jax.inference.serve.server import PolicyServer
-
-
-class Client:
-  """Speaks like the published one; asks one thing at a time."""
-
-  def __init__(self, port, style=wire.OPENPI):
-    self.socket = connect(f'ws://127.0.0.1:{port}', compression=None, max_size=None).__enter__()
-    self.metadata, self.style = wire.decode(self.socket.recv())[0], style
-
-  def infer(self, request):
-    self.socket.send(wire.encode(request, self.style))
-    reply = self.socket.recv()
-    if isinstance(reply, str):
-      raise RuntimeError(f'Error in inference server:\n{reply}')
-    return wire.decode(reply)[0]
-
-
-@contextlib.contextmanager
-def serving(policy, **options):
-  """The port of a server that runs in a thread of its own."""
-  started, box = threading.Event(), {}
-
-  async def main():
-    async with PolicyServer(policy, '127.0.0.1', 0, **options) as server:
-      box['port'], box['stop'] = server.port, asyncio.Event()
-      box['loop'] = asyncio.get_running_loop()
-      started.set()
-      await box['stop'].wait()
-
-  thread = threading.Thread(target=asyncio.run, args=(main(),))
-  thread.start()
-  try:
-    assert started.wait(10)
-    yield box['port']
-  finally:
-    box['loop'].call_soon_threadsafe(box['stop'].set)
-    thread.join(10)
-    assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -151,6 +110,55 @@ def test_requests_that_wait_are_answered_together():
 def test_a_policy_that_fails_says_so_and_the_next_request_is_answered():
   with serving(Slow()) as port:
     with pytest.raises(RuntimeError, match='ValueError: unlucky'):
+      Client(port).infer({'state': np.float32([13])})
+    assert Client(port).infer({'state': np.float32([1])})['actions'][0, 0] == 1
+
+
+class Gated(Slow):
+  """Answers nobody before five have asked."""
+
+  def __init__(self):
+    super().__init__()
+    self.everybody = threading.Barrier(2)
+    self.asked = 0
+
+  def check(self, request, memory):
+    work = super().check(request, memory)
+    self.asked += 1
+    if self.asked == 5:
+      self.everybody.wait(10)
+    return work
+
+  def infer(self, works):
+    if not self.batches:
+      self.everybody.wait(10)
+    return super().infer(works)
+
+
+def test_one_bad_request_of_a_batch_costs_only_its_own_client():
+  policy = Gated()
+  with serving(policy, max_batch=4) as port:
+    clients = [Client(port) for _ in range(5)]
+    for client, number in zip(clients, (0, 1, 13, 3, 4)):
+      client.socket.send(wire.encode({'state': np.float32([number])}))
+      while policy.asked <= number < 1:  # the first is asked for alone, the others wait
+        time.sleep(0.01)
+    replies = [client.socket.recv() for client in clients]
+  assert policy.batches == [1, 4, 1, 1, 1, 1]
+  assert 'ValueError: unlucky' in replies.pop(2)
+  assert [wire.decode(reply)[0]['actions'][0, 0] for reply in replies] == [0, 1, 3, 4]
+
+
+class Forgetful(EchoPolicy):
+  """Leaves one reply out where the first request says so."""
+
+  def infer(self, works):
+    return super().infer(works[1:] if works[0][0] == 13 else works)
+
+
+def test_too_few_replies_are_an_error_and_the_server_goes_on():
+  with serving(Forgetful(steps=1, dim=1)) as port:
+    with pytest.raises(RuntimeError, match='one reply for each of 1 requests, got 0'):
       Client(port).infer({'state': np.float32([13])})
     assert Client(port).infer({'state': np.float32([1])})['actions'][0, 0] == 1
 

@@ -1,9 +1,15 @@
 """A trained model as a served policy, in event mode and unified mode.
 
 A request holds the state, one picture (or the pictures since the last request, oldest first) of
-every camera, the text (`event` or `prompt`) and the `mode`; a session keeps text and mode until
-others come, and the past that unified mode looks back on. `reset` forgets all. Every other field is
-an error that names it.
+every camera, text, the `mode` and the `source` of text; a session keeps texts, mode and source
+until others come, what its source has planned, and the past that unified mode looks back on.
+`reset` forgets all. A client may say which `action_dim` and `norm_hash` it counts on, and is
+refused where this model has others. Every other field is an error that names it.
+
+Sources of text: 'instruction' is the client's `prompt` and 'atomic' its `event`; unless a session
+has chosen, it is told by the text that came last. 'planner', 'conditioned' and 'staircase' ask a
+VLM what to do next for the sake of the `prompt`; their clock is the number of steps that the robot
+has `executed`, all of the last reply unless it says so.
 
 Real-time chunking: a client that goes on executing while it waits says how many steps of the last
 reply it had `executed` when it looked, and with how much `delay` (steps) it will switch over. Those
@@ -16,64 +22,66 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from wallwm_jax.config import ExperimentConfig, nearest
 from wallwm_jax.geometry.poses import apply_relative, relative_pose
-from wallwm_jax.inference.denoiser import Window
-from wallwm_jax.inference.event import predict_event
-from wallwm_jax.inference.unified import predict_chunk
+from wallwm_jax.inference.serve import fields
+from wallwm_jax.inference.serve.engines import Engine, Mode
+from wallwm_jax.inference.serve.fields import EVENT, PROMPT, Keys
+from wallwm_jax.inference.serve.speakers import Said, Speakers
+from wallwm_jax.inference.sources import Held
 from wallwm_jax.types import (
   ActionChunk,
   ConfigError,
   DataError,
-  InferenceParams,
   Observation,
+  Prompt,
   Text,
+  WallWMError,
 )
 
-TEXTS = ('event', 'prompt')  # the first one given counts
-LONGEST = 2000  # characters of a text
-Mode = Literal['event', 'chunk']
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-  """What requests call things. views: {view of the model: field}; state: field of the state [A]."""
-
-  views: Mapping[str, str]
-  state: str = 'observation/state'
-
-  @classmethod
-  def of(cls, config: ExperimentConfig) -> Keys:
-    """'observation/' and the model's own names."""
-    return cls({view: f'observation/{view}' for view in config.model.views})
+GIVEN = {'atomic': EVENT, 'instruction': PROMPT}  # sources that are a text of the client
+# Features of texts that are kept: those of UMT5 are 512 x 4096 floats, 8 MiB a text.
+_TEXTS = 64
+_CLAIMS = ('action_dim', 'norm_hash')  # what a client may rely on, told in the metadata
+_OPTIONS = ('mode', 'source', 'reset', 'executed', 'delay', *_CLAIMS)
 
 
 @dataclasses.dataclass
 class Session:
-  """What a connection remembers. past: {view: uint8 [<= 4M, H, W, 3]}; turn: requests so far; last:
-  actions [K, A] of the last reply, absolute."""
+  """What a connection remembers. texts: by field; told: the field that came last; source: what it
+  has chosen, '' = none; past: {view: uint8 [<= 4M, H, W, 3]}; turn: requests so far; clock: steps
+  executed; last: actions [K, A] of the last reply, absolute, of which `length` are meant; plans: of
+  each source that asks a VLM the prompt that it planned for last, and its memory."""
 
   mode: Mode
-  text: str = ''
+  texts: dict[str, str] = dataclasses.field(default_factory=dict)
+  told: str = EVENT
+  source: str = ''
   past: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   turn: int = 0
+  clock: int = 0
   last: np.ndarray | None = None
+  length: int = 0
+  plans: dict[str, tuple[str, Held]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
-  """One request, checked: frames uint8 [V, T, H, W, 3], state float32 [A], and the absolute actions
-  float32 [n, A] that its robot will have executed before the reply takes over."""
+  """One request, checked: frames uint8 [V, T, H, W, 3], state float32 [A], the absolute actions
+  float32 [n, A] that its robot will have executed before the reply takes over, and who tells it
+  what: the text of a client's own source, or the tokens that a VLM is asked with."""
 
   frames: np.ndarray
   state: np.ndarray
   committed: np.ndarray
+  mode: Mode
+  source: str
+  text: str
+  prompt: Prompt | None
   session: Session
 
 
@@ -81,179 +89,230 @@ class ModelPolicy:
   """Serves a model.
 
   Args:
-    config, params: of `checkpoints.load_inference`. encode: texts -> Text features [n, X, E].
+    engine: computes actions. encode: texts -> Text features [n, X, E].
     resize: (uint8 [T, H, W, 3], (H', W')) -> uint8 [T, H', W', 3]. modes: what sessions may ask
-      for, the first unless they do; bucket: future latents N of event mode. keys: names of the
-      fields (Keys.of).
-    max_batch: most requests of one call; calls are padded to a power of two so that few programs
-      are compiled. seed: of the noise; a session's turn n always gets the same.
+      for, the first unless they do. keys: names of the fields (Keys.of).
+    speakers: of a model whose VLM may tell it; source: the source of sessions that choose none, ''
+      = the text that came last.
 
   Raises:
-    ConfigError: a bucket that the model does not have, or keys of other views.
+    ConfigError: keys of other views, or an unknown source.
   """
 
   def __init__(
     self,
-    config: ExperimentConfig,
-    params: InferenceParams,
+    engine: Engine,
     encode: Callable[[Sequence[str]], Text],
     resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
     *,
     modes: Sequence[Mode] = ('event',),
-    bucket: int | None = None,
     keys: Keys | None = None,
-    max_batch: int = 8,
-    seed: int = 0,
+    speakers: Speakers | None = None,
+    source: str = '',
   ):
-    self._config, self._params, self._resize = config, params, resize
+    config = engine.config
+    self._engine, self._config, self._resize = engine, config, resize
     self._keys = keys or Keys.of(config)
     if set(self._keys.views) != set(config.model.views):
       raise ConfigError(
         f'keys: expected a field for each of {config.model.views}, got {dict(self._keys.views)}.'
       )
-    bucket = config.data.buckets[-1] if bucket is None else bucket
-    windows = {'event': Window.event(config, bucket), 'chunk': Window.chunk(config)}
-    self._windows = {mode: windows[mode] for mode in modes}
+    self._speakers = speakers
+    self._sources = (*GIVEN, *(speakers.names if speakers else ()))
+    if source and source not in self._sources:
+      raise ConfigError(f'source: expected one of {list(self._sources)}, got {source!r}.')
+    self._source = source
+    self._windows = {mode: engine.windows[mode] for mode in modes}
     self._rate = config.model.steps_per_latent
     self._past = self._rate * max(window.history for window in self._windows.values())
-    self._encode = functools.lru_cache(4096)(lambda text: encode([text]))
-    self._max_batch, self._seed = max_batch, seed
-    self._act = {
-      mode: jax.jit(functools.partial(_act, cfg=config, window=window))
-      for mode, window in self._windows.items()
-    }
-    self.metadata = {
-      'protocol': 'openpi',
-      'policy': config.name,
-      'modes': list(self._windows),
-      'action_dim': config.model.action_spec.dim,
-      'steps': {mode: self._steps(mode) for mode in self._windows},
-      'actions': 'absolute poses: position m, rot6d, gripper 0..1 per arm, robot base frame',
-      'image_size': list(config.model.image_size),
-      'past_frames': self._past,
-      'fields': {'state': self._keys.state, 'views': dict(self._keys.views), 'text': list(TEXTS)},
-    }
+    self._encode = functools.lru_cache(_TEXTS)(lambda text: encode([text]))
+    self._absolute = jax.jit(lambda state, actions: apply_relative(state[:, None], actions))
+    self.metadata = self._describe()
 
   def start(self) -> Session:
     """A session without text and past."""
     return Session(next(iter(self._windows)))
 
   def check(self, request: Mapping[str, Any], memory: Session) -> Work:
-    """The request as arrays; notes its text and pictures in the session.
+    """The request as arrays; notes its texts, choices and pictures in the session.
 
     Raises:
       DataError: a field that is missing, unknown, or not what it should be.
     """
-    keys = self._keys
-    known = {keys.state, *keys.views.values(), *TEXTS, 'mode', 'reset', 'executed', 'delay'}
-    for name in request:
-      if name not in known:
-        raise DataError(f'{name}: not a field of this policy.{nearest(str(name), sorted(known))}')
-    reset = request.get('reset', False)
-    if not isinstance(reset, bool):
-      raise DataError(f'reset: expected true or false, got {type(reset).__name__}.')
-    text = self._text(request) or ('' if reset else memory.text)
-    if not text:
-      raise DataError(f'{TEXTS[0]}: expected a text at least with the first request, got none.')
-    mode = request.get('mode', next(iter(self._windows)) if reset else memory.mode)
-    if mode not in self._windows:
-      raise DataError(f'mode: expected one of {list(self._windows)}, got {mode!r}.')
-    state = self._state(request)
-    committed = self._committed(request, None if reset else memory.last)
-    past = {} if reset else memory.past
+    keys, dim = self._keys, self._config.model.action_spec.dim
+    known = {keys.state, *keys.views.values(), *fields.TEXTS, *_OPTIONS}
+    fields.check_names(request, known)
+    for name in _CLAIMS:
+      fields.claim(request, name, self.metadata[name])
+    session = self.start() if fields.flag(request, 'reset') else dataclasses.replace(memory)
+    mode = fields.choice(request, 'mode', tuple(self._windows), session.mode)
+    given = {name: text for name in fields.TEXTS if (text := fields.text(request, name))}
+    session.texts = session.texts | given
+    session.told = next(iter(given), session.told)
+    source, text, prompt = self._told(request, session)
+    state = fields.numbers(request, keys.state, dim)
+    committed = self._committed(request, session)
     came = {view: self._pictures(request, view) for view in self._config.model.views}
     lengths = {view: len(frames) for view, frames in came.items()}
     if len(set(lengths.values())) > 1:
       raise DataError(f'observation: expected as many pictures of every camera, got {lengths}.')
-    seen = {view: self._window(frames, past.get(view)) for view, frames in came.items()}
-    memory.text, memory.mode = text, mode
-    memory.past = {view: frames[1:] for view, frames in seen.items()}
-    memory.turn = 1 if reset else memory.turn + 1
+    seen = {view: self._window(frames, session.past.get(view)) for view, frames in came.items()}
+    session.mode, session.turn = mode, session.turn + 1
+    session.clock += request.get('executed', session.length)
+    session.past = {view: frames[1:] for view, frames in seen.items()}
+    # All is well, so the session is what it has become; before, it was not touched.
+    vars(memory).update(vars(session))
     needed = 1 + self._rate * self._windows[mode].history
-    return Work(np.stack([x[len(x) - needed :] for x in seen.values()]), state, committed, memory)
+    frames = np.stack([x[len(x) - needed :] for x in seen.values()])
+    return Work(frames, state, committed, mode, source, text, prompt, memory)
 
   def infer(self, works: Sequence[Work]) -> list[dict[str, Any]]:
-    """{'actions': float32 [K, A] absolute targets, 'state', 'event_text', 'mode'} for each."""
-    chunks: dict[int, np.ndarray] = {}
+    """For each {'actions': float32 [K, A] absolute targets, 'chunk_len': how many of them are of
+    the event (the others repeat the last one), 'state', 'mode', 'source', 'event_text': what it
+    goes by, '' = no words}, of a VLM's plan also 'remaining_steps' until it has run out."""
+    heard = [self._hear(work) for work in works]
+    replies: list[dict[str, Any]] = [{} for _ in works]
     for mode in self._windows:
-      places = [i for i, work in enumerate(works) if work.session.mode == mode]
+      places = [i for i, work in enumerate(works) if work.mode == mode]
       if places:
-        chunks |= zip(places, self._predict(mode, [works[i] for i in places]))
-    for i, work in enumerate(works):
-      work.session.last = chunks[i]
-    return [
-      {'actions': chunks[i], 'state': work.state, 'event_text': work.session.text,
-       'mode': work.session.mode}
-      for i, work in enumerate(works)
-    ]  # fmt: skip
-
-  def _predict(self, mode: Mode, works: Sequence[Work]) -> np.ndarray:
-    """Absolute actions [b, K, A], b >= len(works)."""
-    size = min(1 << (len(works) - 1).bit_length(), self._max_batch)
-    padded = [*works, *[works[-1]] * (size - len(works))]
-    obs = Observation(
-      frames=np.stack([work.frames for work in padded]),
-      state=np.stack([work.state for work in padded]),
-      view_mask=np.ones((size, len(self._config.model.views)), bool),
-    )
-    texts = [self._encode(work.session.text) for work in padded]
-    text = jax.tree.map(lambda *x: np.concatenate(x), *texts)
-    turns = np.array([work.session.turn for work in padded], np.uint32)
-    committed = self._pad([work.committed for work in padded], obs.state, self._steps(mode))
-    key = jax.random.key(self._seed)
-    return np.asarray(self._act[mode](self._params, obs, text, committed, key, turns))
+        chunks = self._predict(mode, [works[i] for i in places], [heard[i][0] for i in places])
+        for i, chunk in zip(places, chunks, strict=True):
+          replies[i] = self._reply(works[i], heard[i][0], chunk)
+    # Only now, so that a call that fails can be repeated.
+    for work, (_, plan), reply in zip(works, heard, replies):
+      work.session.last, work.session.length = reply['actions'], reply['chunk_len']
+      if plan is not None:
+        made = {work.source: (work.session.texts[PROMPT], plan)}
+        work.session.plans = work.session.plans | made
+    return replies
 
   def warm_up(self) -> None:
-    """Compiles every mode and batch size, so that the first request does not wait for it."""
+    """Compiles every mode, batch size and source, so that the first request does not wait."""
     model = self._config.model
     upright = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1, 0, 1]), model.action_spec.arms)
     nothing = np.zeros((0, len(upright)), np.float32)
+    words = 'warm up'
     for mode, window in self._windows.items():
       shape = (len(model.views), 1 + self._rate * window.history, *model.image_size, 3)
-      work = Work(np.zeros(shape, np.uint8), upright, nothing, Session(mode, 'warm up'))
-      for size in {min(2**i, self._max_batch) for i in range(self._max_batch.bit_length() + 1)}:
-        self.infer([work] * size)
+      inputs = (np.zeros(shape, np.uint8), upright, nothing, mode)
+      for size in self._engine.sizes:
+        self.infer([Work(*inputs, 'atomic', words, None, self.start())] * size)
+      for source in self._speakers.names if self._speakers else ():
+        session = dataclasses.replace(self.start(), texts={PROMPT: words})
+        self.infer([Work(*inputs, source, '', self._speakers.prompt(words), session)])
+
+  def _describe(self) -> dict[str, Any]:
+    model = self._config.model
+    return {
+      'protocol': 'openpi',
+      'policy': self._config.name,
+      'modes': list(self._windows),
+      'sources': list(self._sources),
+      'action_dim': model.action_spec.dim,
+      'state_dim': model.action_spec.dim,
+      'action_groups': {name: list(at) for name, at in model.action_spec.groups().items()},
+      'steps': {mode: self._steps(mode) for mode in self._windows},
+      'actions': 'absolute poses: position m, rot6d, gripper 0..1 per arm, robot base frame',
+      'views': list(model.views),
+      'image_size': list(model.image_size),
+      'past_frames': self._past,
+      'real_time_chunking': self._engine.commits,
+      'fields': {
+        'state': self._keys.state,
+        'views': dict(self._keys.views),
+        'text': list(fields.TEXTS),
+        'options': list(_OPTIONS),
+      },
+      'norm_hash': self._engine.norm_hash,
+    }
 
   def _steps(self, mode: Mode) -> int:
     """K of a reply."""
     return self._windows[mode].future * self._rate
 
-  def _text(self, request: Mapping[str, Any]) -> str:
-    for name in TEXTS:
-      if name in request:
-        text = request[name]
-        if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
-          got = f'{len(text)} characters' if isinstance(text, str) else type(text).__name__
-          raise DataError(f'{name}: expected a text of 1..{LONGEST} characters, got {got}.')
-        return text
-    return ''
-
-  def _state(self, request: Mapping[str, Any]) -> np.ndarray:
-    name, dim = self._keys.state, self._config.model.action_spec.dim
-    if name not in request:
-      raise DataError(f'{name}: missing. Expected numbers [{dim}].')
-    state = np.asarray(request[name])
-    if state.shape != (dim,) or state.dtype.kind not in 'fiu':
-      raise DataError(f'{name}: expected numbers [{dim}], got {state.dtype} {list(state.shape)}.')
-    if not np.isfinite(state).all():
-      raise DataError(f'{name}: NaN or infinite values at {np.flatnonzero(~np.isfinite(state))}.')
-    return state.astype(np.float32)
-
-  def _committed(self, request: Mapping[str, Any], last: np.ndarray | None) -> np.ndarray:
-    """float32 [n, A], absolute: what will be executed between the observation and the reply."""
-    if 'executed' not in request and 'delay' not in request:
-      return np.zeros((0, self._config.model.action_spec.dim), np.float32)
-    if last is None:
-      raise DataError('executed: there is no last reply in this session to have executed.')
-    for name in ('executed', 'delay'):
-      if type(request.get(name)) is not int or request[name] < 0:
-        raise DataError(f'{name}: expected a number of steps >= 0, got {request.get(name)!r}.')
-    begin, count = request['executed'], request['delay']
-    if begin + count > len(last):
+  def _told(self, request: Mapping[str, Any], session: Session) -> tuple[str, str, Prompt | None]:
+    """(source, its text where that is the client's, else the prompt for the VLM)."""
+    if 'source' in request:
+      session.source = fields.choice(request, 'source', self._sources, '')
+    given = {name: source for source, name in GIVEN.items()}
+    source = session.source or self._source or given[session.told]
+    name = GIVEN.get(source, PROMPT)
+    text = session.texts.get(name, '')
+    if not text:
       raise DataError(
-        f'delay: executed {begin} + delay {count} steps, but the last reply had {len(last)}.'
+        f'{name}: expected a text at least with the first request of source {source!r}, got none.'
       )
-    return last[begin : begin + count]
+    if source in GIVEN:
+      return source, text, None
+    try:
+      return source, '', self._speakers.prompt(text)
+    except WallWMError as error:
+      raise DataError(f'{name}: expected a text that the VLM can be asked with. {error}') from None
+
+  def _hear(self, work: Work) -> tuple[Said, Held | None]:
+    """What the source of a request says, and what it remembers then."""
+    whole = self._windows[work.mode].future
+    if work.prompt is None:
+      return Said(self._encode(work.text), whole, work.text, whole), None
+    session = work.session
+    task, memory = session.plans.get(work.source) or ('', self._speakers.start(work.source))
+    hold = work.mode == 'chunk' and task == session.texts[PROMPT]
+    seen = Observation(work.frames[None], work.state[None], np.ones((1, len(work.frames)), bool))
+    clock = session.clock // self._rate
+    return self._speakers.speak(work.source, seen, work.prompt, memory, clock=clock, hold=hold)
+
+  def _predict(self, mode: Mode, works: Sequence[Work], heard: Sequence[Said]) -> np.ndarray:
+    """Absolute actions [b, K, A]."""
+    obs = Observation(
+      frames=np.stack([work.frames for work in works]),
+      state=np.stack([work.state for work in works]),
+      view_mask=np.ones((len(works), len(self._config.model.views)), bool),
+    )
+    text = jax.tree.map(lambda *x: np.concatenate(x), *(said.text for said in heard))
+    turns = np.array([work.session.turn for work in works], np.uint32)
+    lengths = [min(said.length, self._windows[mode].future) for said in heard]
+    committed = self._pad([work.committed for work in works], obs.state, self._steps(mode))
+    length = np.array(lengths, np.int32)
+    actions = self._engine.act(mode, obs, text, length, committed, turns)
+    return np.asarray(self._absolute(obs.state, actions))
+
+  def _reply(self, work: Work, said: Said, chunk: np.ndarray) -> dict[str, Any]:
+    length = len(chunk)
+    if work.mode == 'event':
+      length = min(length, self._rate * said.length)
+    actions = chunk[np.minimum(np.arange(len(chunk)), length - 1)]
+    reply = {
+      'actions': actions,
+      'chunk_len': length,
+      'state': work.state,
+      'mode': work.mode,
+      'source': work.source,
+      'event_text': said.caption,
+    }
+    if work.prompt is not None:
+      reply['remaining_steps'] = self._rate * said.left
+    return reply
+
+  def _committed(self, request: Mapping[str, Any], session: Session) -> np.ndarray:
+    """float32 [n, A], absolute: what will be executed between the observation and the reply."""
+    nothing = np.zeros((0, self._config.model.action_spec.dim), np.float32)
+    if 'executed' not in request and 'delay' not in request:
+      return nothing
+    if session.last is None:
+      raise DataError('executed: there is no last reply in this session to have executed.')
+    begin = fields.steps(request, 'executed')
+    count = fields.steps(request, 'delay') if 'delay' in request else 0
+    if begin + count > len(session.last):
+      raise DataError(
+        f'delay: executed {begin} + delay {count} steps, but the last reply had '
+        f'{len(session.last)}.'
+      )
+    if count and not self._engine.commits:
+      raise DataError(
+        f'delay: expected 0, got {count}: an exported policy cannot keep to actions that are being '
+        'executed. Wait for the reply, or serve the run itself.'
+      )
+    return session.last[begin : begin + count]
 
   def _pad(self, committed: Sequence[np.ndarray], state: np.ndarray, steps: int) -> ActionChunk:
     """Committed actions of each row, relative to its state: [B, K, A] and which they are [B, K]."""
@@ -266,16 +325,8 @@ class ModelPolicy:
 
   def _pictures(self, request: Mapping[str, Any], view: str) -> np.ndarray:
     """uint8 [T, H, W, 3] of one camera, of the model's size."""
-    name = self._keys.views[view]
-    if name not in request:
-      raise DataError(f'{name}: missing. Expected a picture uint8 [H, W, 3].')
-    x = np.asarray(request[name])
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != 3 or not x.size:
-      raise DataError(
-        f'{name}: expected uint8 [H, W, 3], or [T, H, W, 3] since the last request, got '
-        f'{x.dtype} {list(x.shape)}.'
-      )
-    return self._resize(x if x.ndim == 4 else x[None], tuple(self._config.model.image_size))
+    x = fields.pictures(request, self._keys.views[view])
+    return self._resize(x, tuple(self._config.model.image_size))
 
   def _window(self, came: np.ndarray, past: np.ndarray | None) -> np.ndarray:
     """uint8 [1 + 4M, H, W, 3]: what is remembered, then what came; where that is less, its first
@@ -284,18 +335,3 @@ class ModelPolicy:
     missing = max(1 + self._past - len(seen), 0)
     seen = np.concatenate([np.repeat(seen[:1], missing, 0), seen])
     return seen[len(seen) - 1 - self._past :]
-
-
-def _act(params, obs, text, committed, key, turns, *, cfg, window):
-  """Actions [B, K, A], absolute; every row has noise of its own turn, whatever its neighbours."""
-
-  def one(obs, text, committed, turn):
-    obs, text, committed = jax.tree.map(lambda x: x[None], (obs, text, committed))
-    inputs = (params, obs, text, jax.random.fold_in(key, turn))
-    if window.kind == 'chunk':
-      return predict_chunk(*inputs, cfg=cfg, committed=committed).chunk.actions[0]
-    bucket = window.future
-    return predict_event(*inputs, cfg=cfg, bucket=bucket, committed=committed).chunk.actions[0]
-
-  relative = jax.vmap(one)(obs, text, committed, turns)
-  return apply_relative(jnp.asarray(obs.state)[:, None], relative)

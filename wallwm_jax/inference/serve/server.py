@@ -24,7 +24,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from wallwm_jax.inference.serve import wire
+from wallwm_jax.inference.serve import wallx, wire
 from wallwm_jax.types import DataError, WallWMError
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class Policy(Protocol):
   metadata: what a client is told when it connects. start() -> what a connection remembers.
   check(request, memory) -> work: refuses what cannot be answered (DataError that names the field,
   what was expected and what came), and notes what the session asks for; runs where frames arrive,
-  so it must be quick. infer(works) -> one reply each, in order; runs in a thread of its own.
+  so it must be quick. infer(works) -> one reply each, in order; runs in a thread of its own,
+  and once more for every single work where it fails for several.
   """
 
   metadata: Mapping[str, Any]
@@ -80,6 +81,7 @@ class PolicyServer:
       max_size=_MOST,
       process_request=_health,
       close_timeout=_GOODBYE,
+      ping_timeout=None,  # clients of wall-x need not answer pings while they are busy
     )
     return self
 
@@ -97,16 +99,19 @@ class PolicyServer:
   async def _talk(self, connection: ServerConnection) -> None:
     try:
       await connection.send(wire.encode(dict(self._policy.metadata)))
-      memory, before = self._policy.start(), None
+      memory, style, before = self._policy.start(), None, None
       async for frame in connection:
         begun = time.monotonic()
         try:
-          reply, style = await self._answer(frame, memory)
+          request, met = _decode(frame)
+          # A request without arrays is answered as the last one that had some.
+          style = met or style or (wire.NUMPY if wallx.speaks(request) else None)
+          reply = await self._answer(request, memory)
           timing = reply.setdefault('server_timing', {})
           timing['infer_ms'] = 1e3 * (time.monotonic() - begun)
           if before is not None:
             timing['prev_total_ms'] = before
-          packed = wire.encode(reply, style)
+          packed = wire.encode(reply, style or wire.OPENPI)
         except Exception as error:
           if not isinstance(error, WallWMError):
             _LOG.exception('the policy failed')
@@ -118,16 +123,17 @@ class PolicyServer:
     except ConnectionClosed:
       pass  # the client left; nobody waits for an answer
 
-  async def _answer(self, frame: bytes | str, memory: Any) -> tuple[dict, str]:
-    if isinstance(frame, str):
-      raise DataError(f'request: expected a binary frame, got a text of {len(frame)} characters.')
-    request, style = wire.decode(frame)
-    if not isinstance(request, dict):
-      raise DataError(f'request: expected a dict of observations, got {type(request).__name__}.')
+  async def _answer(self, request: dict, memory: Any) -> dict:
     work = self._policy.check(request, memory)
     waiting = _Waiting(work, asyncio.get_running_loop().create_future())
     self._queue.put_nowait(waiting)
-    return dict(await waiting.reply), style or wire.OPENPI
+    reply = await waiting.reply
+    if not isinstance(reply, Mapping):
+      raise RuntimeError(
+        f'{type(self._policy).__name__}.infer: expected a dict of a reply, got '
+        f'{type(reply).__name__}.'
+      )
+    return dict(reply)
 
   async def _work(self) -> None:
     loop = asyncio.get_running_loop()
@@ -135,12 +141,8 @@ class PolicyServer:
       batch = [await self._queue.get()]
       while len(batch) < self._max_batch and not self._queue.empty():
         batch.append(self._queue.get_nowait())
-      try:
-        replies = await loop.run_in_executor(
-          self._thread, self._policy.infer, [waiting.work for waiting in batch]
-        )
-      except Exception as error:
-        replies = [error] * len(batch)
+      works = [waiting.work for waiting in batch]
+      replies = await loop.run_in_executor(self._thread, _answers, self._policy, works)
       for waiting, reply in zip(batch, replies, strict=True):
         if waiting.reply.done():  # its connection is gone
           continue
@@ -148,6 +150,33 @@ class PolicyServer:
           waiting.reply.set_exception(reply)
         else:
           waiting.reply.set_result(reply)
+
+
+def _answers(policy: Policy, works: Sequence[Any]) -> list[Mapping[str, Any] | Exception]:
+  """A reply or an error for each; where a batch fails its works are tried one by one, so that the
+  others do not pay for the one that cannot be answered."""
+  try:
+    replies = list(policy.infer(works))
+    if len(replies) != len(works):
+      raise RuntimeError(
+        f'{type(policy).__name__}.infer: expected one reply for each of {len(works)} requests, got '
+        f'{len(replies)}.'
+      )
+    return replies
+  except Exception as error:
+    if len(works) == 1:
+      return [error]
+  return [reply for work in works for reply in _answers(policy, [work])]
+
+
+def _decode(frame: bytes | str) -> tuple[dict, str | None]:
+  """(request, encoding of its arrays or None without any)."""
+  if isinstance(frame, str):
+    raise DataError(f'request: expected a binary frame, got a text of {len(frame)} characters.')
+  request, style = wire.decode(frame)
+  if not isinstance(request, dict):
+    raise DataError(f'request: expected a dict of observations, got {type(request).__name__}.')
+  return request, style
 
 
 def _health(connection: ServerConnection, request: Request) -> Response | None:

@@ -8,6 +8,7 @@ reads the other's arrays and neither says so: an array of the other kind comes o
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,13 +88,14 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
   sizes = isinstance(shape, list | tuple) and all(type(n) is int and n >= 0 for n in shape)
   if not sizes or not isinstance(data, bytes):
     raise DataError(
-      f'array: expected bytes and a shape of sizes, got {type(data).__name__} and {shape!r}.'
+      f'array: expected bytes and a shape of sizes, got {type(data).__name__} and '
+      f'{reprlib.repr(shape)}.'
     )
   expected = int(np.prod([int(n) for n in shape], dtype=object)) * kind.itemsize
   if expected != len(data) or expected > _MOST:
     raise DataError(
-      f'array: shape {list(shape)} of {kind.str} is {expected} bytes (at most {_MOST}), got '
-      f'{len(data)}.'
+      f'array: shape {reprlib.repr(shape)} of {kind.str} is {expected} bytes (at most {_MOST}), '
+      f'got {len(data)}.'
     )
   return np.frombuffer(data, kind).reshape(shape) if expected else np.zeros(shape, kind)
 
@@ -103,7 +105,7 @@ def _scalar(value: Any, dtype: Any) -> np.generic:
   try:
     return kind.type(value)
   except (TypeError, ValueError, OverflowError):
-    raise DataError(f'scalar: expected a value of {kind.str}, got {value!r}.') from None
+    raise DataError(f'scalar: expected a value of {kind.str}, got {reprlib.repr(value)}.') from None
 
 
 def _dtype(name: Any) -> np.dtype:
@@ -112,5 +114,5 @@ def _dtype(name: Any) -> np.dtype:
   except (TypeError, ValueError):
     found = None
   if found is None or found.kind not in _KINDS:
-    raise DataError(f'array: expected a dtype such as "<f4" or "|u1", got {name!r}.')
+    raise DataError(f'array: expected a dtype such as "<f4" or "|u1", got {reprlib.repr(name)}.')
   return found
