@@ -25,6 +25,7 @@ from wallwm_jax.evaluation.closed_loop import (
   seam_jump,
   time_to_success,
 )
+from wallwm_jax.geometry.poses import relative_pose
 from wallwm_jax.inference import language, sources
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import (
@@ -35,6 +36,7 @@ from wallwm_jax.inference.rollout import (
   event_policy,
 )
 from wallwm_jax.inference.sources import CaptionTable, Source
+from wallwm_jax.inference.waiting import HOLD
 from wallwm_jax.models import functional
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.text.planning import PlanningTexts
@@ -55,7 +57,8 @@ SOURCES = (*SCRIPTS, *SPEAKERS)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attempts:
   """n finished attempts: their rollouts (NumPy, leading axis n), task kinds and instructions, and
-  the source of text that they followed; delay: control steps waited in every turn."""
+  the source of text that they followed; delay: control steps waited in every turn, in which the
+  robot did what `waiting` says (LoopSpec)."""
 
   rollouts: Rollout
   kinds: list[str]
@@ -63,6 +66,7 @@ class Attempts:
   fps: float
   source: str
   delay: int = 0
+  waiting: str = HOLD
 
   def score(self) -> ClosedLoopResult:
     done = self.rollouts
@@ -99,12 +103,20 @@ class Attempts:
     return flat
 
   def _times(self) -> np.ndarray:
-    steps = self.rollouts.turns.actions.mask.shape[2] + self.delay
+    steps = self.rollouts.turns.poses.shape[2]
     return time_to_success(self.rollouts.success, self.rollouts.attempted, steps / self.fps)
 
   def _jumps(self) -> np.ndarray:
     turns = self.rollouts.turns
-    return seam_jump(turns.actions.actions, turns.actions.mask, turns.acted)
+    return seam_jump(turns.actions.actions, turns.actions.mask, turns.acted, self._moved())
+
+  def _moved(self) -> np.ndarray | None:
+    """[n, T, A]: how far the robot got while the policy computed; None where that took no time."""
+    if not self.delay:
+      return None
+    reached = self.rollouts.turns.poses
+    moved = relative_pose(reached[:, :-1, -1], reached[:, 1:, self.delay - 1])
+    return np.pad(moved, [(0, 0), (1, 0), (0, 0)])  # the first turn has no seam
 
   def _planned(self) -> np.ndarray | None:
     if self.source not in PLANNERS:
@@ -179,6 +191,7 @@ def attempt(
   planning: PlanningTable | None = None,
   record: bool = False,
   delay: int = 0,
+  waiting: str = HOLD,
 ) -> Attempts:
   """Runs every task of a suite once; equal seeds give equal scenes and noise to every policy.
 
@@ -190,11 +203,11 @@ def attempt(
     planning: for the sources that ask a VLM.
     record: keep the executed frames.
     delay: control steps between an observation and the first action answered to it; they count into
-      max_steps.
+      max_steps. waiting: what the robot does in them, 'hold' or 'run' (LoopSpec).
 
   Raises:
     ConfigError: the model's cameras are not the tabletop's, or the source is unknown or needs a
-      language side that the model has not.
+      language side that the model has not, or a delay that cannot be run through.
   """
   source = source or default_source(config)
   check_source(params, source)
@@ -203,7 +216,7 @@ def attempt(
       f'config.model.views: expected the cameras of the tabletop {VIEWS}, got {config.model.views}.'
     )
   world = TabletopConfig(image_size=config.model.image_size)
-  run = _program(config, world, max_steps, source, record, delay)
+  run = _program(config, world, max_steps, source, record, delay, waiting)
   count = len(suite.kind)
   keys = jax.random.split(jax.random.key(seed), count)
   parts = [
@@ -215,7 +228,7 @@ def attempt(
   rollouts = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
   kinds = [tasks.TASK_KINDS[i] for i in np.asarray(suite.kind)]
   instructions = [tasks.CAPTIONS[i] for i in np.asarray(suite.instruction)]
-  return Attempts(rollouts, kinds, instructions, 1 / world.control_period, source, delay)
+  return Attempts(rollouts, kinds, instructions, 1 / world.control_period, source, delay, waiting)
 
 
 def default_source(config: ExperimentConfig) -> str:
@@ -242,7 +255,13 @@ def _batches(count: int) -> list[np.ndarray]:
 
 @functools.cache
 def _program(
-  config: ExperimentConfig, world: TabletopConfig, max_steps: int, source, record: bool, delay: int
+  config: ExperimentConfig,
+  world: TabletopConfig,
+  max_steps: int,
+  source: str,
+  record: bool,
+  delay: int,
+  waiting: str,
 ):
   """(params, captions, planning, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one
   program."""
@@ -250,8 +269,8 @@ def _program(
   bucket = config.model.future if chunk else config.data.buckets[-1]
   rate = config.model.steps_per_latent
   history = config.model.history if chunk else 0
-  turns = max(1, max_steps // (rate * bucket + delay))
-  spec = LoopSpec(turns, bucket, history, rate, record, delay)
+  spec = LoopSpec(1, bucket, history, rate, record, delay, waiting)
+  spec = dataclasses.replace(spec, turns=max(1, max_steps // spec.turn_steps))
 
   @jax.jit
   def run(params, captions, planning, suite, keys):

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.inference import sources
+from wallwm_jax.inference import sources, waiting
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.sources import CaptionTable, Source, TextContext
 from wallwm_jax.inference.unified import predict_chunk
 from wallwm_jax.types import (
     ActionChunk,
+    ConfigError,
     EnvFns,
     InferenceParams,
     Observation,
@@ -29,7 +30,8 @@ from wallwm_jax.types import (
 )
 
 # act(obs, text, key, length [B]) -> ActionChunk, all with B = 1; `length` counts future latents.
-Act = Callable[[Observation, Text, PRNGKey, Array], ActionChunk]
+# A policy that is asked while the robot runs on takes the committed actions as a fifth argument.
+Act = Callable[..., ActionChunk]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,11 @@ class LoopSpec:
   turns: events or chunks at most; bucket: N, longest event in latents; history: M latents of past
   frames kept; steps_per_latent: frames per latent; record: keep the executed frames; delay: control
   steps that pass between an observation and the first action answered to it (the latency of the
-  policy), in which the robot holds its last target.
+  policy); waiting: what the robot does in them, 'hold' its last target or 'run' on along the chunk
+  before (see `inference.waiting`).
+
+  Raises:
+    ConfigError: unknown waiting, or a delay of more than half a chunk to run on through.
   """
 
   turns: int
@@ -48,6 +54,25 @@ class LoopSpec:
   steps_per_latent: int = 4
   record: bool = False
   delay: int = 0
+  waiting: str = waiting.HOLD
+
+  def __post_init__(self):
+    if self.waiting not in waiting.WAITING:
+      raise ConfigError(f'waiting: expected one of {waiting.WAITING}, got {self.waiting!r}.')
+    if self.waiting == waiting.RUN and 2 * self.delay > self.steps:
+      raise ConfigError(
+          f'delay: expected at most {self.steps // 2} control steps to run on through, half a chunk '
+          f'of {self.steps}, got {self.delay}. Ask for longer chunks, or hold.')
+
+  @property
+  def steps(self) -> int:
+    """K, action steps of the longest chunk."""
+    return self.bucket * self.steps_per_latent
+
+  @property
+  def turn_steps(self) -> int:
+    """Control steps from one observation to the next."""
+    return self.steps + (self.delay if self.waiting == waiting.HOLD else -self.delay)
 
 
 @pytree_dataclass
@@ -57,9 +82,9 @@ class Turn:
   caption: int32 id of the next scripted event; asked: of what the source asked for, -1 where that
   is no caption; acted: False once the task had succeeded (what such a turn planned was not carried
   out); event_done: the environment moved on to another event or succeeded; progress: 0..100
-  afterwards; actions: [K, A] relative to the pose at call time, with mask [K]; poses: [K, A]
-  reached; frames: [V, K, H, W, 3] or None where they are not recorded; poses and frames begin with
-  the `delay` steps that were waited.
+  afterwards; actions: [K, A] relative to the pose at call time, with mask [K] of the steps carried
+  out; poses: [turn_steps, A] reached; frames: [V, turn_steps, H, W, 3] or None where they are not
+  recorded; poses and frames begin with the `delay` steps in which the policy computed.
   """
 
   caption: Int[Array, ""]
@@ -74,23 +99,26 @@ class Turn:
 
 @pytree_dataclass
 class Rollout:
-  """One attempt: final success and progress (0..100), turns acted on, every turn [turns, ...]."""
+  """One attempt: final success and progress (0..100), turns acted on, every turn [turns, ...], and
+  the frames seen first [V, 1, H, W, 3], None where frames are not recorded."""
 
   success: Bool[Array, ""]
   progress: Float[Array, ""]
   attempted: Int[Array, ""]
   turns: Turn
+  first: UInt8[Array, "V 1 H W 3"] | None
 
 
 def event_policy(params: InferenceParams, cfg: ExperimentConfig, bucket: int) -> Act:
   """Event mode as a policy."""
-  return lambda obs, text, key, length: predict_event(
-      params, obs, text, key, cfg=cfg, bucket=bucket, length=length).chunk
+  return lambda obs, text, key, length, committed=None: predict_event(
+      params, obs, text, key, cfg=cfg, bucket=bucket, length=length, committed=committed).chunk
 
 
 def chunk_policy(params: InferenceParams, cfg: ExperimentConfig) -> Act:
   """Unified mode as a policy; chunks have a fixed length."""
-  return lambda obs, text, key, length: predict_chunk(params, obs, text, key, cfg=cfg).chunk
+  return lambda obs, text, key, length, committed=None: predict_chunk(
+      params, obs, text, key, cfg=cfg, committed=committed).chunk
 
 
 def rollout_events(params: InferenceParams, env: EnvFns, task, key: PRNGKey,
@@ -132,23 +160,28 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
   instruction = env.task_caption(state)
   first = env.observe(state).frames
   past = jnp.repeat(first, spec.steps_per_latent * spec.history, axis=1)
+  running = spec.waiting == waiting.RUN
 
   def turn(carry, step):
-    state, past, memory, clock, done = carry
+    state, past, memory, passed, tail, done = carry
     caption = env.caption(state)
     current = env.observe(state)
     obs = dataclasses.replace(current, frames=jnp.concatenate([past, current.frames], axis=1))
     obs = jax.tree.map(lambda x: x[None], obs)
+    clock = passed // spec.steps_per_latent
     context = TextContext(obs, captions, instruction, caption, step, clock)
     asked, memory = source.speak(context, memory)
     length = jnp.clip(asked.length, 1, spec.bucket)[None]
-    chunk = act(obs, asked.text, jax.random.fold_in(noise_key, step), length)
+    known = (waiting.committed(tail, current.state, spec.steps),) if running else ()
+    chunk = act(obs, asked.text, jax.random.fold_in(noise_key, step), length, *known)
     chunk = jax.tree.map(lambda x: x[0], chunk)
-    clock = clock + jnp.sum(chunk.mask, dtype=jnp.int32) // spec.steps_per_latent
-
-    late = [jnp.pad(x, [(spec.delay, 0)] + [(0, 0)] * (x.ndim - 1))  # False = hold
-            for x in (chunk.actions, chunk.mask)]
-    reached, frames, poses = env.execute(state, *late)
+    if running:
+      actions, mask, own, tail = waiting.follow(chunk, tail, current.state)
+      chunk = ActionChunk(chunk.actions, own)
+    else:
+      actions, mask = waiting.held(chunk, spec.delay)
+    passed = passed + jnp.sum(chunk.mask, dtype=jnp.int32)
+    reached, frames, poses = env.execute(state, actions, mask)
     seen = jnp.concatenate([past, current.frames, frames[:, :-1]], axis=1)
     moved = (reached, seen[:, seen.shape[1] - past.shape[1]:])
     state, past = jax.tree.map(lambda new, old: jnp.where(done, old, new), moved, (state, past))
@@ -156,9 +189,11 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
     event_done = ~done & (success | (env.caption(state) != caption))
     record = Turn(caption, asked.caption, ~done, event_done, env.progress(state), chunk, poses,
                   frames if spec.record else None)
-    return (state, past, memory, clock, done | success), record
+    return (state, past, memory, passed, tail, done | success), record
 
-  start = (state, past, source.start(captions), jnp.int32(0), env.success(state))
+  tail = waiting.no_tail(spec.delay, env.observe(state).state.shape[0])
+  start = (state, past, source.start(captions), jnp.int32(0), tail, env.success(state))
   (state, *_), turns = jax.lax.scan(turn, start, jnp.arange(spec.turns))
   attempted = jnp.sum(turns.acted, dtype=jnp.int32)
-  return Rollout(env.success(state), env.progress(state), attempted, turns)
+  seen = first if spec.record else None
+  return Rollout(env.success(state), env.progress(state), attempted, turns, seen)
