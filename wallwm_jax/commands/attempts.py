@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from wallwm_jax.commands.foresight import foresee
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import traces
 from wallwm_jax.data.schema import LEVELS
@@ -25,6 +26,7 @@ from wallwm_jax.evaluation.closed_loop import (
   seam_jump,
   time_to_success,
 )
+from wallwm_jax.evaluation.loop_sections import RolloutClip
 from wallwm_jax.geometry.poses import relative_pose
 from wallwm_jax.inference import language, sources
 from wallwm_jax.inference.language import PlanningTable
@@ -134,6 +136,27 @@ class Attempts:
     """Executed frames [V, T, H, W, 3] uint8 of one recorded attempt, up to its last turn."""
     frames = self.rollouts.turns.frames[index, : self.rollouts.attempted[index]]
     return np.concatenate(list(frames), axis=1)
+
+
+def clips(
+  filmed: Attempts,
+  config: ExperimentConfig,
+  params: InferenceParams,
+  captions: CaptionTable,
+  seed: int = 0,
+) -> list[RolloutClip]:
+  """Recorded attempts as films, with what the video model predicted of each where a caption told
+  it."""
+  shown = []
+  for i, text in enumerate(filmed.instructions):
+    turns = int(filmed.rollouts.attempted[i])
+    if turns:
+      film, asked = filmed.film(i), filmed.rollouts.turns.asked[i, :turns].tolist()
+      first = filmed.rollouts.first[i]
+      predicted = foresee(config, params, film, first, asked, captions, seed)
+      success = bool(filmed.rollouts.success[i])
+      shown.append(RolloutClip(text, film, success, filmed.fps, predicted))
+  return shown
 
 
 def caption_table(config: ExperimentConfig, store: EventStore) -> CaptionTable:

@@ -174,6 +174,22 @@ def time_to_success(success, turns, turn_time: float) -> np.ndarray:
   return np.where(success, turns * turn_time, np.nan)
 
 
+def progress_reached(progress, kinds: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """How far attempts get: {kind: (percent [m], share [m])}, the share of its attempts that reached
+  at least so much progress, for 0, every value that occurs, and 100.
+
+  Args:
+    progress: [n] in 0..100; kinds: [n] names.
+  """
+  progress, kinds = np.asarray(progress, np.float64), np.asarray(list(kinds))
+  curves = {}
+  for kind in dict.fromkeys(kinds.tolist()):
+    own = progress[kinds == kind]
+    percent = np.unique(np.concatenate([[0.0], own, [100.0]]))
+    curves[kind] = percent, (own[:, None] >= percent - 1e-6).mean(0)
+  return curves
+
+
 def mcnemar(first, second) -> float:
   """Exact two-sided p-value that two policies succeed equally often on the same n seeds.
 

@@ -23,9 +23,7 @@ from wallwm_jax.types import (
     ConfigError,
     EnvFns,
     InferenceParams,
-    Observation,
     PRNGKey,
-    Text,
     pytree_dataclass,
 )
 
@@ -61,8 +59,8 @@ class LoopSpec:
       raise ConfigError(f'waiting: expected one of {waiting.WAITING}, got {self.waiting!r}.')
     if self.waiting == waiting.RUN and 2 * self.delay > self.steps:
       raise ConfigError(
-          f'delay: expected at most {self.steps // 2} control steps to run on through, half a chunk '
-          f'of {self.steps}, got {self.delay}. Ask for longer chunks, or hold.')
+          f'delay: expected at most {self.steps // 2} control steps to run on through, half a '
+          f'chunk of {self.steps}, got {self.delay}. Ask for longer chunks, or hold.')
 
   @property
   def steps(self) -> int:

@@ -26,8 +26,8 @@ class Tail:
   """What is still to come of a chunk when the next is asked for: absolute targets [d, A] and which
   of them are meant, mask [d]: the first few, none where the chunk had ended."""
 
-  targets: Float[Array, 'd A']
-  mask: Bool[Array, 'd']
+  targets: Float[Array, 'K A']
+  mask: Bool[Array, 'K']
 
 
 class Followed(NamedTuple):
@@ -38,8 +38,8 @@ class Followed(NamedTuple):
   left for the time of the next answer.
   """
 
-  actions: Float[Array, 'k A']
-  mask: Bool[Array, 'k']
+  actions: Float[Array, 'K A']
+  mask: Bool[Array, 'K']
   own: Bool[Array, 'K']
   tail: Tail
 
