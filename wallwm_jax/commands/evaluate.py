@@ -147,14 +147,25 @@ def video(args: argparse.Namespace) -> None:
   import dataclasses
 
   from wallwm_jax.commands import pages
-  from wallwm_jax.commands.evaluators import Windows, evaluate_video, video_strips
+  from wallwm_jax.commands.evaluators import (
+    Windows,
+    action_predictor,
+    evaluate_video,
+    video_predictor,
+    video_strips,
+  )
+  from wallwm_jax.commands.video_checks import Geometry, caption_gap
   from wallwm_jax.evaluation.report import write_report
   from wallwm_jax.evaluation.video import to_json
 
   def evaluator(config, params, store, *, split, limit, seed):
-    results = evaluate_video(config, params, store, split=split, limit=limit, seed=seed)
     windows = Windows(config, store, params.norm, split, limit)
-    checks = {}
+    geometry = Geometry(windows, action_predictor(config, params, seed))
+    results = evaluate_video(
+      config, params, store, split=split, limit=limit, seed=seed, watch=geometry.watch
+    )
+    checks = {'gripper_px': geometry.to_json()}
+    checks |= caption_gap(windows, video_predictor(config, params, seed=seed))
     if args.html:
       few = dataclasses.replace(windows, limit=EXAMPLES)
       strips = video_strips(few, params, seed=seed)

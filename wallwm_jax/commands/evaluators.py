@@ -66,9 +66,7 @@ class Windows:
 
   def facts(self, batch: EventBatch, column: str) -> list:
     """A column of the event index ('label', 'episode', 'L1', ...) for each window of a batch."""
-    uid = np.asarray(batch.uid, np.uint64)
-    rows = [self._rows[key] for key in (uid[:, 0] | uid[:, 1] << np.uint64(32)).tolist()]
-    return self.store.column(column)[rows].tolist()
+    return self.store.column(column)[self._rows_of(batch)].tolist()
 
   def captions(self, batch: EventBatch) -> list[str]:
     """The caption that conditions each window of a batch."""
@@ -77,6 +75,32 @@ class Windows:
       pick_caption({level: texts[i] for level, texts in levels.items()}, self.config.data.window)
       for i in range(len(batch.num_frames))
     ]
+
+  def states(self, batch: EventBatch) -> np.ndarray:
+    """Measured states [B, T, A] of the robot at every frame of a batch, physical and absolute; NaN
+    where a recording has none."""
+    rows, starts = self._rows_of(batch), self.store.column('start')
+    future = np.asarray(batch.actions).shape[1] // self.config.model.steps_per_latent
+    paths = []
+    for row in rows:
+      frames = self._reader.window(Draw(row, future, int(starts[row]))).frames
+      state = self.store.info(int(self.store.column('episode')[row])).state
+      lost = np.full((len(frames), self.config.model.action_spec.dim), np.nan)
+      paths.append(lost if state is None else state[frames])
+    return np.stack(paths).astype(np.float64)
+
+  def fixed_views(self, batch: EventBatch) -> np.ndarray:
+    """Bool [B, V]: views there whose camera is calibrated and stands still."""
+    fixed = []
+    for episode in self.facts(batch, 'episode'):
+      cameras = self.store.info(int(episode)).calibration
+      shown = [cameras.get(name) for name in self.config.model.views]
+      fixed.append([camera is not None and camera.extrinsics.ndim == 2 for camera in shown])
+    return np.array(fixed) & np.asarray(batch.view_mask)
+
+  def _rows_of(self, batch: EventBatch) -> list[int]:
+    uid = np.asarray(batch.uid, np.uint64)
+    return [self._rows[key] for key in (uid[:, 0] | uid[:, 1] << np.uint64(32)).tolist()]
 
   def _by_bucket(self) -> dict[int, list[Draw]]:
     events = pipeline.split_events(self.store, self._config)
@@ -206,8 +230,10 @@ def evaluate_video(
   limit: int | None = None,
   steps: int = VIDEO_STEPS,
   seed: int = 0,
+  watch: Callable[[EventBatch, dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, video.VideoResult]:
-  """PSNR and SSIM of 'model', 'codec' (the ceiling) and 'copy_last'."""
+  """PSNR and SSIM of 'model', 'codec' (the ceiling) and 'copy_last'; `watch` is shown every batch
+  and the videos [B, V, T, H, W, 3] of the former two, from the anchor on."""
   predict, anchor = video_predictor(config, params, steps, seed), anchor_frame(config)
 
   @jax.jit
@@ -225,7 +251,10 @@ def evaluate_video(
         'pixel_mask': batch.pixel_mask,
       }
       codec = np.asarray(reconstruct(params.frozen.codec, frames))
-      yield truth, {'model': predict(batch), 'codec': codec}
+      videos = {'model': predict(batch), 'codec': codec}
+      if watch is not None:
+        watch(batch, videos)
+      yield truth, videos
 
   return video.evaluate(pairs())
 

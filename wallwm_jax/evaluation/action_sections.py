@@ -99,7 +99,8 @@ def _interval(result: OpenLoopResult, kind: str, key: str, scale: float) -> Inte
   rows = [r for r in result.rows if r.get('label') == kind and math.isfinite(r[f'action_{key}'])]
   if not rows:
     return None
-  return bootstrap_interval([scale * r[f'action_{key}'] for r in rows], [r['episode'] for r in rows])
+  values = [scale * r[f'action_{key}'] for r in rows]
+  return bootstrap_interval(values, [r['episode'] for r in rows])
 
 
 def _checks(checks: Mapping[str, Any]) -> list[str]:

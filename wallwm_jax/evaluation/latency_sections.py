@@ -21,7 +21,7 @@ def section(title: str, measured: Mapping[str, Any]) -> str:
     page.table(head, rows),
     page.figure(
       plots.latency_histogram({name: t.times_ms for name, t in parts.items()}),
-      'Calls by milliseconds, one row per part; the line is the median.',
+      'Calls by milliseconds, one panel per part; the line is the median.',
     ),
   ]
   blocks += [table for table in (_deadlines(measured), _cold(measured)) if table]

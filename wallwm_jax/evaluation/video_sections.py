@@ -13,9 +13,9 @@ from wallwm_jax.evaluation import frechet, page, plots
 from wallwm_jax.evaluation.video import VideoResult, unit_range
 
 MAX_COLUMNS = 9  # frames of a video strip
-GEOMETRY = {  # key of a checks mapping: what the reader is told
-  'reprojection': 'between views [px]',
-  'track': 'from the true path [px]',
+GEOMETRY = {  # check of `commands.video_checks.Geometry`: what the reader is told
+  'epipolar': 'between views [px]',
+  'path': 'from the true path [px]',
   'action_video': 'from where the predicted actions lead [px]',
 }
 
@@ -81,7 +81,7 @@ def _scores(results: Mapping[str, VideoResult]) -> list[str]:
 
 def _geometry(checks: Mapping[str, Any]) -> list[str]:
   """Where the gripper is found, against calibration, pose and actions: one row per video."""
-  found = {key: checks.get(key) or {} for key in GEOMETRY}
+  found = {key: checks.get('gripper_px', {}).get(key, {}) for key in GEOMETRY}
   names = list(dict.fromkeys(name for values in found.values() for name in values))
   if not names:
     return []
@@ -90,16 +90,18 @@ def _geometry(checks: Mapping[str, Any]) -> list[str]:
     for name in names
   ]
   note = (
-    'The gripper is found by matching a patch cut from the observed frame; its distances from '
-    'where the calibrated cameras, the recorded poses and the predicted actions say it is. The '
-    "true frames show the finder's own error (floor), views of different events the ceiling."
+    'The gripper is found by matching a patch of the observed frame. Between views: distance from '
+    'the line on which another view says it must lie. From the true path: distance from the '
+    'projected recorded position. Last: distance at the end of the event from where the actions '
+    "lead. The true frames show the finder's own error (floor), other events the ceiling; a still "
+    'image is consistent between views too.'
   )
   head = ('gripper of', *GEOMETRY.values())
   return ['<h3>Geometry</h3>', f'<p class="soft">{note}</p>', page.table(head, rows)]
 
 
 def _pixels(found: Mapping[str, Any] | None) -> str:
-  if not found or found.get('value') is None:
+  if not found:
     return '–'
   return f'{found["value"]:.2f} ({found["low"]:.2f} – {found["high"]:.2f})'
 
