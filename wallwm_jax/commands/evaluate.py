@@ -82,7 +82,7 @@ def add_world(parser: argparse.ArgumentParser, required: bool = True) -> None:
   """Arguments of everything that acts in the tabletop."""
   parser.add_argument('--store', required=required, help='event store; says how long events last')
   parser.add_argument(
-    '--tasks', default='single', help='single, multi, or kinds such as reach,push (single)'
+    '--tasks', default='single', help='single, multi, long, or kinds such as reach,push (single)'
   )
   parser.add_argument('--max-steps', type=int, default=64, help='control steps of an attempt (64)')
   parser.add_argument(
@@ -231,10 +231,10 @@ def closedloop(args: argparse.Namespace) -> None:
 
 
 def _task_kinds(chosen: str) -> tuple[str, ...]:
-  """Kinds named on the command line: 'single', 'multi' or a comma-separated list."""
+  """Kinds named on the command line: 'single', 'multi', 'long' or a comma-separated list."""
   from wallwm_jax.envs.tabletop import tasks
 
-  groups = {'single': tasks.SINGLE_KINDS, 'multi': tasks.MULTI_KINDS}
+  groups = {'single': tasks.SINGLE_KINDS, 'multi': tasks.MULTI_KINDS, 'long': tasks.LONG_KINDS}
   return groups.get(chosen) or tuple(chosen.split(','))
 
 
