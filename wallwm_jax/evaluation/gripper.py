@@ -131,6 +131,8 @@ def _peak(scores, reach: int) -> tuple[np.ndarray, np.ndarray]:
   """Best whole-pixel move [N, 2] (x, y) and the sub-pixel rest of a parabola through its
   neighbours, -0.5..0.5."""
   size, index = 2 * reach + 1, np.arange(len(scores))
+  side = np.arange(-reach, reach + 1)
+  scores = scores - 1e-6 * (side[:, None] ** 2 + side**2)  # where all is alike nothing moved
   y, x = np.divmod(scores.reshape(len(scores), -1).argmax(1), size)
   rest = np.zeros((len(scores), 2))
   for axis, (place, step) in enumerate(((x, (0, 1)), (y, (1, 0)))):

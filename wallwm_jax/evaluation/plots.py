@@ -174,7 +174,22 @@ def latency_histogram(parts: Mapping[str, Sequence[float]], bins: int = 40) -> b
   return as_png(figure)
 
 
-def boundary_timeline(episodes: Mapping[str, Mapping[str, Sequence[float]]], lengths) -> bytes:
+def tolerance_curves(panels_of: Mapping[str, Mapping[str, Mapping[float, float]]]) -> bytes:
+  """F1 by tolerance, one panel per unit: {unit: {name: {tolerance: F1}}}."""
+  figure, axes = panels(len(panels_of), width=5.2, height=2.9, columns=2)
+  for axis, (title, lines) in zip(axes, panels_of.items()):
+    for color, (name, found) in zip((BLUE, GREY), lines.items()):
+      axis.plot(list(found), list(found.values()), color=color, marker='o', markersize=3.5,
+                label=name)  # fmt: skip
+    axis.set_title(title)
+    axis.set_ylim(0, 1.03)
+  legend_above(figure, axes[0])
+  return as_png(figure)
+
+
+def boundary_timeline(
+  episodes: Mapping[str, Mapping[str, Sequence[float]]], lengths: Sequence[float]
+) -> bytes:
   """Events of episodes as bars cut at their boundaries.
 
   Args:
