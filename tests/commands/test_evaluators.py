@@ -100,7 +100,9 @@ def test_chunk_video_is_scored_from_the_anchor_on(config, store, params):
 
 @pytest.mark.slow
 def test_samples_show_valid_frames_of_present_cameras(config, store, params):
-  strips, traces = evaluators.samples(config, params, store, count=2, steps=1)
+  windows = evaluators.Windows(config, store, params.norm, limit=2)
+  strips = evaluators.video_strips(windows, params, steps=1)
+  traces = evaluators.action_traces(windows, params)
   assert {s.caption for s in strips} == {'go there', 'come back'} == {t.caption for t in traces}
   for strip in strips:
     assert strip.views == ('front', 'side') and strip.fps == 10

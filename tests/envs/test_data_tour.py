@@ -40,6 +40,8 @@ def test_lags_and_broken_episodes_are_found(tour):
 def test_boundaries_are_found(tour):
   found = tour[1]['boundaries']['within 3 frames']
   assert found['f1'] >= 0.95 > found['chance_f1']
+  by_second = tour[1]['boundaries']['seconds']
+  assert by_second['proposed']['mean_f1'] > by_second['chance']['mean_f1']
 
 
 def test_batches_are_packed(tour):

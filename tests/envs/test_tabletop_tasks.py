@@ -85,6 +85,11 @@ def test_instructions_describe_their_script(suite):
     elif kind == 'put_push':
       assert text == f'put the {put(rows[5])}, then {last}'
       assert rows[5][1] != rows[-1][1]
+    elif kind == 'put_push_reach':
+      reached = CUBE_COLOURS[rows[-1][1]]
+      pushed = expected_caption(*rows[-2])
+      assert text == f'put the {put(rows[5])}, {pushed}, then reach {reached}'
+      assert len({rows[5][1], rows[-2][1], rows[-1][1]}) == 3  # three cubes
     else:
       assert text == f'put the {put(rows[5])}, then the {put(rows[-1])}'
       assert rows[5][1] != rows[-1][1] and rows[5][2] != rows[-1][2]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from wallwm_jax.evaluation import boundary_page
 from wallwm_jax.evaluation.boundaries import (
   BoundaryScore,
   boundary_score,
@@ -13,6 +14,7 @@ from wallwm_jax.evaluation.boundaries import (
   match_boundaries,
   mean_f1,
   score_by_seconds,
+  score_by_share,
   uniform_boundaries,
 )
 from wallwm_jax.types import DataError
@@ -108,3 +110,25 @@ def test_tolerances_in_seconds_at_several_frame_rates():
   for bad in (([([1], [1], 0.0)], (0.1,)), ([([1], [1], 10.0)], ()), ([], (-0.1,))):
     with pytest.raises(DataError, match='expected tolerances >= 0 s and fps > 0'):
       score_by_seconds(*bad)
+
+
+def test_tolerances_as_shares_of_an_episode():
+  """An offset of 3 frames is 0.3 of 10 frames and 0.1 of 30."""
+  episodes = [([6], [9], 10), ([23], [20], 30)]
+  scores = score_by_share(episodes)
+  assert [score.matched for score in scores.values()] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+  with pytest.raises(DataError, match='expected shares >= 0 and num_frames >= 1'):
+    score_by_share([([1], [1], 0)])
+
+
+def test_the_page_shows_proposals_beside_chance():
+  episodes = [
+    boundary_page.Segmented('first', [10, 22], [10, 20], 40, 10.0),
+    boundary_page.Segmented('<second>', [], [7], 30, 10.0),
+  ]
+  found = boundary_page.to_json(boundary_page.boundary_curves(episodes))
+  assert found['seconds']['proposed']['f1']['0.05'] == pytest.approx(2 * 1 / (2 + 3))
+  assert found['seconds']['proposed']['f1']['0.2'] == pytest.approx(2 * 2 / (2 + 3))
+  assert found['share']['chance']['mean_f1'] <= 1
+  text = boundary_page.render(episodes, 'a title')
+  assert text.count('<img ') == 2 and '<second>' not in text

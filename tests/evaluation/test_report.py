@@ -1,14 +1,21 @@
 """The report page: complete in itself, every section it is given, nothing it is not."""
 
+import dataclasses
+import html
 import html.parser
 import json
+import math
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 
 from wallwm_jax.config import ActionSpec
 from wallwm_jax.evaluation import closed_loop, latency, open_loop, page, plots, report, video
+from wallwm_jax.evaluation.base import Interval
+from wallwm_jax.evaluation.loop_sections import Loop
 from wallwm_jax.types import DataError
 
 RNG = np.random.default_rng(0)
@@ -54,7 +61,16 @@ def full() -> report.Report:
   true[..., 3] = true[..., 7] = 1
   mask = np.ones(true.shape, bool)
   errors = open_loop.action_errors(true + 0.01, true, mask, ActionSpec())
-  loop = closed_loop.evaluate([True, False], [100.0, 30.0], ['push', 'lift'])
+  scores = closed_loop.evaluate([True, False], [100.0, 30.0], ['push', 'lift'])
+  seam = {'seam_jump': 2.5, 'seam_jump_low': 2.0, 'seam_jump_high': 3.0, 'seam_jump_n': 2}
+  some = Interval(1.5, 1.0, 2.0, 4)
+  loop = Loop(
+    results={'trained': scores, 'untrained': scores},
+    motion={'trained': seam, 'untrained': {}},
+    delays={'hold': {0: Interval(0.5, 0.2, 0.8, 2), 4: Interval(0.3, 0.1, 0.6, 2)}},
+    reached=closed_loop.progress_reached([100.0, 30.0], ['push', 'lift']),
+    rows=[{'attempt': 0, 'kind': 'push', 'success': True, 'time_s': math.nan}],
+  )
   return report.Report(
     'A run <&>',
     'subtitle',
@@ -63,15 +79,34 @@ def full() -> report.Report:
       'stage 1': {'loss': (np.arange(5), np.linspace(2, 1, 5))},
       'stage 2': {'loss': (np.arange(5), np.linspace(1, -1, 5))},
     },
-    closed_loop={'trained': loop, 'untrained': loop},
-    clips=[report.RolloutClip('push <it>', frames[0], True, 10.0)],
+    closed_loop=loop,
+    clips=[report.RolloutClip('push <it>', frames[0], True, 10.0, frames[0])],
     video=video.evaluate([(truth, {'model': predicted})]),
     strips=[
       report.VideoStrip('push the red cube', ('front', 'wrist'), predicted[0], frames[0], 10.0)
     ],
+    video_checks={
+      'gripper_px': {'epipolar': {'model': dataclasses.asdict(some)}},
+      'caption_gap': {
+        'psnr_own': 25.0, 'psnr_other': 24.0, 'gap': 1.0, 'gap_low': 0.5, 'gap_high': 1.5, 'n': 4
+      },
+    },
     open_loop=open_loop.summarise(errors, errors, errors, [0], ['push']),
+    action_checks={
+      'image_shuffle_increase': 0.1, 'image_shuffle_increase_low': 0.0,
+      'image_shuffle_increase_high': 0.2, 'image_shuffle_n': 4,
+      'by_action_steps': {'1': some, '4': some},
+    },
     actions=[report.ActionTrace('push', true[0] + 0.01, true[0], true[0], mask[0])],
-    latency=latency.measure_parts({'event': lambda: np.zeros(1)}, calls=3),
+    latency=latency.measure_parts({'event': lambda: np.zeros(1)}, calls=3)
+    | {
+      'deadline_misses': {'event': {'10': 0.25}},
+      'cold_start': {
+        'empty cache': {
+          'total_s': 4, 'import_s': 1, 'load_s': 1, 'first_chunk_s': 2, 'second_chunk_ms': 5
+        }
+      },
+    },
     config={'model': {'width': 128}, 'name': 'tiny'},
     environment={'jax': '0.0', 'device': 'cpu'},
   )
@@ -97,6 +132,13 @@ def test_every_section_is_there_and_the_page_loads_nothing(full, tmp_path):
     'model.width',
     'stage 2',
     '50 %',
+    'seam jump',
+    'from the true path',
+    '1.50 (1.00 – 2.00)',
+    'lost by the other caption',
+    'images of another event',
+    '25.0 %',
+    'empty cache',
   ):
     assert expected in words, expected
   ids = set(re.findall(r'id="([^"]+)"', text))
@@ -109,7 +151,8 @@ def test_every_section_is_there_and_the_page_loads_nothing(full, tmp_path):
 def test_every_image_decodes(full):
   text = report.render(full)
   images = [link for link in Reader(text).links if link.startswith('data:')]
-  assert len(images) == 1 + 1 + 1 + 4 + 1 + 1  # bars, clip, curves, film rows, actions, losses
+  # bars, delays, progress, clip; curves, film rows; kinds, steps, trace; losses; latency
+  assert len(images) == 4 + (1 + 4) + 3 + 1 + 1
   import base64
   import io
 
@@ -181,3 +224,33 @@ def test_film_row_lays_frames_side_by_side():
   assert row.shape == (8, 36, 3)
   for i in range(3):
     np.testing.assert_array_equal(row[:, 12 * i + 1 : 12 * i + 11], frames[i])
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+PROBE = """<script>
+const broken = [...document.images].filter(i => !(i.complete && i.naturalWidth)).length;
+const wide = [...document.querySelectorAll('body *')].filter(
+  e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1);
+document.documentElement.dataset.probe = JSON.stringify({broken,
+  width: innerWidth, images: document.images.length,
+  over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  wide: wide.map(e => e.tagName + '.' + e.className)});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason='no chromium on PATH (apt-get install chromium)')
+@pytest.mark.parametrize('width', [1200, 400])
+def test_a_browser_shows_the_whole_page_without_scrolling_sideways(full, tmp_path, width):
+  path = tmp_path / 'page.html'
+  path.write_text(report.render(full).replace('</body>', f'{PROBE}</body>'), encoding='utf-8')
+  command = [
+    CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
+    f'--user-data-dir={tmp_path}/profile', f'--window-size={width},900', '--enable-logging=stderr',
+    '--dump-dom', path.as_uri(),
+  ]  # fmt: skip
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+  found = json.loads(html.unescape(re.search(r'data-probe="([^"]+)"', done.stdout)[1]))
+  assert found['width'] == width and found['images'] == 14 and found['broken'] == 0
+  assert found['over'] <= 0 and found['wide'] == []
+  assert 'CONSOLE' not in done.stderr  # errors and warnings of the page

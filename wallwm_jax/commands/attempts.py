@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from wallwm_jax.commands.foresight import foresee
 from wallwm_jax.config import ExperimentConfig
 from wallwm_jax.data import traces
 from wallwm_jax.data.schema import LEVELS
@@ -19,10 +20,13 @@ from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import pick_caption
 from wallwm_jax.evaluation.base import bootstrap_interval
 from wallwm_jax.evaluation.closed_loop import ClosedLoopResult, evaluate, seam_jump
+from wallwm_jax.evaluation.loop_sections import RolloutClip
+from wallwm_jax.geometry.poses import relative_pose
 from wallwm_jax.inference import language, sources
 from wallwm_jax.inference.language import PLANNERS, SPEAKERS, PlanningTable
 from wallwm_jax.inference.rollout import Act, Rollout, chunk_policy, event_policy
 from wallwm_jax.inference.sources import Ask, CaptionTable, Source
+from wallwm_jax.inference.waiting import HOLD
 from wallwm_jax.models import functional
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.text.planning import PlanningTexts
@@ -43,9 +47,9 @@ class Attempts:
 
   rollouts: NumPy, leading axis n; kinds: of task; instructions; captions: what the rows that turns
   name stand for; times: [n] s to success, NaN without; source of text that they followed; delay:
-  control steps waited in every turn; facts: more columns of `rows`; suite: what else decides which
-  attempts these are; films: executed frames [V, T, H, W, 3] uint8 of each at fps Hz, up to its last
-  turn, where they were recorded.
+  control steps waited in every turn, in which the robot did what `waiting` says (LoopSpec); facts:
+  more columns of `rows`; suite: what else decides which attempts these are; films: of each attempt
+  the executed frames [V, T, H, W, 3] uint8 of every turn at fps Hz, where they were recorded.
   """
 
   rollouts: Rollout
@@ -56,9 +60,10 @@ class Attempts:
   fps: float
   source: str
   delay: int = 0
+  waiting: str = HOLD
   facts: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
   suite: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  films: Sequence[np.ndarray] = ()
+  films: Sequence[Sequence[np.ndarray]] = ()
 
   def score(self) -> ClosedLoopResult:
     done = self.rollouts
@@ -96,7 +101,16 @@ class Attempts:
 
   def _jumps(self) -> np.ndarray:
     turns = self.rollouts.turns
-    return seam_jump(turns.actions.actions, turns.actions.mask, turns.acted)
+    return seam_jump(turns.actions.actions, turns.actions.mask, turns.acted, self._moved())
+
+  def _moved(self) -> np.ndarray | None:
+    """[n, T, A]: how far the robot got while the policy computed; None where that took no time, or
+    the world does not tell the poses on the way."""
+    reached = self.rollouts.turns.poses
+    if not self.delay or reached is None:
+      return None
+    moved = relative_pose(reached[:, :-1, -1], reached[:, 1:, self.delay - 1])
+    return np.pad(moved, [(0, 0), (1, 0), (0, 0)])  # the first turn has no seam
 
   def _planned(self) -> np.ndarray | None:
     if self.source not in PLANNERS:
@@ -109,6 +123,28 @@ class Attempts:
     """The caption that each turn of one attempt went by; '' where that was no caption."""
     rows = self.rollouts.turns.asked[index, : self.rollouts.attempted[index]].tolist()
     return [self.captions[row] if row != sources.NOTHING else '' for row in rows]
+
+
+def clips(
+  filmed: Attempts,
+  config: ExperimentConfig,
+  params: InferenceParams,
+  captions: CaptionTable,
+  seed: int = 0,
+) -> list[RolloutClip]:
+  """Recorded attempts as films, with what the video model predicted of each where a caption told
+  it."""
+  shown = []
+  for i, text in enumerate(filmed.instructions):
+    turns = filmed.films[i]
+    if len(turns):
+      asked = filmed.rollouts.turns.asked[i, : len(turns)].tolist()
+      first = filmed.rollouts.first[i]
+      predicted = foresee(config, params, turns, first, asked, captions, seed)
+      success = bool(filmed.rollouts.success[i])
+      film = np.concatenate(list(turns), axis=1)
+      shown.append(RolloutClip(text, film, success, filmed.fps, predicted))
+  return shown
 
 
 def caption_table(

@@ -34,8 +34,10 @@ from wallwm_jax.data.sync import RigLag
 from wallwm_jax.data.writers.lerobot import write_lerobot
 from wallwm_jax.envs.tabletop.collect import collect
 from wallwm_jax.envs.tabletop.config import TabletopConfig
+from wallwm_jax.evaluation import boundary_page
 from wallwm_jax.evaluation.base import to_plain
 from wallwm_jax.evaluation.boundaries import boundary_score, chance_score
+from wallwm_jax.evaluation.boundary_page import Segmented
 from wallwm_jax.evaluation.data_report import write_data_report
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.training.pretrained import latent_encoder
@@ -81,12 +83,15 @@ def prepare(demonstrations: Sequence[EpisodeRecord], out: str | pathlib.Path, cl
 
   clock.start('writing the report')
   write_data_report(str(store.path), str(out / 'data.html'), clusters=str(clusters))
+  segmented = _segmented(demonstrations, store, lags)
+  timeline = boundary_page.render(segmented, 'wallwm boundaries')
+  (out / 'boundaries.html').write_text(timeline, encoding='utf-8')
   summary = {
     'episodes': len(demonstrations),
     'ledger': store.manifest['counts'],
     'refused': _refusals(demonstrations, store),
     'lags': _lags(lags),
-    'boundaries': _boundaries(demonstrations, store, lags),
+    'boundaries': _boundaries(segmented),
     'clusters': {side: len(sizes) for side, sizes in cluster_sizes(labels).items()},
     'packing': _fill(batches),
     'digests': _digests(out, store, labels, batches),
@@ -170,25 +175,32 @@ def _lags(lags: Mapping[Rig, RigLag]) -> dict:
   return {'made': LATE, 'found': found}
 
 
-def _boundaries(
+def _segmented(
   demonstrations: Sequence[EpisodeRecord], store: EventStore, lags: Mapping[Rig, RigLag]
-) -> dict:
-  """F1 of the boundaries of stored episodes against those of the demonstrations."""
+) -> list[Segmented]:
+  """Boundaries of stored episodes beside those of the demonstrations."""
   made = {record.episode_id: record for record in demonstrations}
-  pairs, lengths = [], []
+  found = []
   for number in range(len(store.episodes)):
     stored = store.episode(number)
     truth = shift(late(made[stored.episode_id]), lags[stored.source, stored.rig].lags)
-    starts = [[event.start for event in record.events[1:]] for record in (stored, truth)]
-    pairs.append(starts)
-    lengths.append((stored.num_frames, starts[1]))
-  return {
+    starts = ([event.start for event in record.events[1:]] for record in (stored, truth))
+    found.append(Segmented(stored.episode_id, *starts, stored.num_frames, stored.fps))
+  return found
+
+
+def _boundaries(segmented: Sequence[Segmented]) -> dict:
+  """F1 of the boundaries, at tolerances in frames, seconds and shares of an episode."""
+  pairs = [(e.proposed, e.true) for e in segmented]
+  lengths = [(e.num_frames, e.true) for e in segmented]
+  in_frames = {
     f'within {frames} frames': {
       'f1': boundary_score(pairs, frames).f1,
       'chance_f1': chance_score(lengths, frames).f1,
     }
     for frames in TOLERANCES
   }
+  return in_frames | boundary_page.to_json(boundary_page.boundary_curves(segmented))
 
 
 def _fill(batches: Iterable[PackedBatch]) -> dict:

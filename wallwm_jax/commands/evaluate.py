@@ -7,6 +7,8 @@ import argparse
 
 from wallwm_jax.commands import common, worlds
 
+EXAMPLES = 4  # events shown on a page
+
 
 def add_parser(verbs) -> None:
   group = verbs.add_parser('eval', help='score a trained run', allow_abbrev=False)
@@ -14,7 +16,7 @@ def add_parser(verbs) -> None:
   for name, run, summary in (
     ('openloop', openloop, 'action error per held-out event beside hold-still and the mean action'),
     ('video', video, 'PSNR and SSIM of predicted video beside copy-last-frame and the codec'),
-    ('closedloop', closedloop, 'success and progress of whole attempts in a simulator'),
+    ('closedloop', closedloop, 'success and progress of whole attempts in the tabletop'),
     ('language', language, 'next event, remaining time and reconstructed reasoning of a VLM'),
   ):
     example = f'wallwm eval {name} --workdir runs/joint --store runs/store --json {name}.json'
@@ -29,6 +31,8 @@ def add_parser(verbs) -> None:
     parser.add_argument('--workdir', required=True, help='trained run')
     parser.add_argument('--json', help='file for the scores (default: print only)')
     parser.add_argument('--seed', type=int, default=0, help='noise, and scenes of closedloop (0)')
+    if name != 'language':
+      parser.add_argument('--html', help='file for the scores as a page')
     if name == 'closedloop':
       worlds.add_arguments(parser)
       parser.add_argument(
@@ -37,6 +41,12 @@ def add_parser(verbs) -> None:
       )  # fmt: skip
       parser.add_argument(
         '--delays', default='0', help='control steps of policy latency; several as 0,2,4 (0)'
+      )
+      parser.add_argument(
+        '--waiting',
+        choices=('hold', 'run', 'both'),
+        default='hold',
+        help='what the robot does meanwhile: hold still, or run on along the chunk before (hold)',
       )
     else:
       parser.add_argument('--store', required=True, help='event store')
@@ -55,7 +65,11 @@ def add_parser(verbs) -> None:
   )
   parser.add_argument('--workdir', required=True, help='trained run')
   parser.add_argument('--calls', type=int, default=200, help='timed calls of each part (200)')
+  parser.add_argument(
+    '--cold', action='store_true', help='also start fresh processes and time their first chunk'
+  )
   parser.add_argument('--json', help='file for the scores (default: print only)')
+  parser.add_argument('--html', help='file for the scores as a page')
   parser = common.add_verb(
     kinds,
     'compare',
@@ -70,8 +84,16 @@ def add_parser(verbs) -> None:
 
 
 def openloop(args: argparse.Namespace) -> None:
-  from wallwm_jax.commands import action_checks
-  from wallwm_jax.commands.evaluators import Windows, action_predictor, evaluate_actions
+  import dataclasses
+
+  from wallwm_jax.commands import action_checks, pages
+  from wallwm_jax.commands.evaluators import (
+    Windows,
+    action_predictor,
+    action_traces,
+    evaluate_actions,
+  )
+  from wallwm_jax.evaluation.report import write_report
 
   counts = _counts(args.action_steps, '--action-steps', 1)
 
@@ -84,6 +106,12 @@ def openloop(args: argparse.Namespace) -> None:
       checks['by_action_steps'] = action_checks.denoising_curve(windows, params, counts, seed)
     # What the errors are of: whole events, cut to the longest bucket, or fixed chunks.
     seen = {'window': config.data.window, 'buckets': list(config.data.buckets)}
+    if args.html:
+      few = dataclasses.replace(windows, limit=EXAMPLES)
+      page = pages.open_loop_page(
+        result, checks, action_traces(few, params, seed), config, _asked(args)
+      )
+      write_report(args.html, page)
     return result.to_json() | checks, result.rows, seen
 
   scores, rows, seen = _on_store(args, evaluator)
@@ -102,10 +130,40 @@ def _counts(text: str | None, name: str, least: int) -> list[int]:
 
 
 def video(args: argparse.Namespace) -> None:
-  from wallwm_jax.commands.evaluators import evaluate_video
+  import dataclasses
+
+  from wallwm_jax.commands import pages
+  from wallwm_jax.commands.evaluators import (
+    Windows,
+    action_predictor,
+    evaluate_video,
+    video_predictor,
+    video_strips,
+  )
+  from wallwm_jax.commands.video_checks import Geometry, caption_gap
+  from wallwm_jax.evaluation.report import write_report
   from wallwm_jax.evaluation.video import to_json
 
-  _report(args, to_json(_on_store(args, evaluate_video)))
+  def evaluator(config, params, store, *, split, limit, seed):
+    windows = Windows(config, store, params.norm, split, limit)
+    geometry = Geometry(windows, action_predictor(config, params, seed))
+    results = evaluate_video(
+      config, params, store, split=split, limit=limit, seed=seed, watch=geometry.watch
+    )
+    checks = {'gripper_px': geometry.to_json()}
+    checks |= caption_gap(windows, video_predictor(config, params, seed=seed))
+    if args.html:
+      few = dataclasses.replace(windows, limit=EXAMPLES)
+      strips = video_strips(few, params, seed=seed)
+      write_report(args.html, pages.video_page(results, checks, strips, config, _asked(args)))
+    return to_json(results) | checks
+
+  _report(args, _on_store(args, evaluator))
+
+
+def _asked(args: argparse.Namespace) -> str:
+  limit = '' if args.limit is None else f', at most {args.limit} events'
+  return f'{args.workdir} on the {args.split} split of {args.store}{limit}, seed {args.seed}.'
 
 
 def _on_store(args: argparse.Namespace, evaluator):
@@ -131,37 +189,62 @@ def language(args: argparse.Namespace) -> None:
 
 def closedloop(args: argparse.Namespace) -> None:
   from wallwm_jax.evaluation.closed_loop import mcnemar
+  from wallwm_jax.evaluation.report import write_report
 
-  delays = _counts(args.delays, '--delays', 0)
   world = worlds.World(args)
-  attempts, *others = (world.attempt(delay=delay) for delay in delays)
+  ways = ('hold', 'run') if args.waiting == 'both' else (args.waiting,)
+  runs = [
+    world.attempt(delay=delay, waiting=way)
+    for delay in _counts(args.delays, '--delays', 0)
+    for way in (ways if delay else ways[:1])  # without latency there is nothing to wait for
+  ]
+  attempts = runs[0]
   shared = {'tasks': world.tasks, 'max_steps': world.max_steps}
-  asked = shared | {'untrained': args.untrained, 'source': attempts.source, 'delay': delays[0]}
+  asked = shared | {'untrained': args.untrained, 'source': attempts.source}
+  asked |= {'delay': attempts.delay, 'waiting': attempts.waiting}
   scores = attempts.score().to_json() | attempts.motion() | asked
-  if others:
-    scores['by_delay'] = {
-      str(run.delay): run.score().to_json()
+  if len(runs) > 1:
+    scores['by_delay'] = [
+      {'delay': run.delay, 'waiting': run.waiting}
+      | run.score().to_json()
       | run.motion()
       | {'mcnemar_p': mcnemar(attempts.rollouts.success, run.rollouts.success)}
-      for run in (attempts, *others)
-    }
+      for run in runs
+    ]
+  if args.html:
+    write_report(args.html, world.page(runs))
   suite = {'kind': 'closedloop', 'seed': args.seed, 'episodes': len(attempts.kinds)} | shared
   _report(args, scores, suite=suite | attempts.suite, rows=attempts.rows())
 
 
 def latency(args: argparse.Namespace) -> None:
+  from wallwm_jax.commands import cold_start, pages
   from wallwm_jax.commands.evaluators import measure_latency
   from wallwm_jax.evaluation.base import to_plain
+  from wallwm_jax.evaluation.report import write_report
   from wallwm_jax.training.checkpoints import load_inference
   from wallwm_jax.types import ConfigError
 
   if args.calls < 1:
     raise ConfigError(f'--calls: expected at least one, got {args.calls}.')
-  measured = measure_latency(*load_inference(args.workdir), calls=args.calls)
-  parts = {name: to_plain(part) | {'hz': part.hz} for name, part in measured['parts'].items()}
-  # What a fresh process waits for before its first chunk, the loading of weights not counted.
-  cold = sum(parts[name]['first_ms'] for name in ('encode the observation', 'whole prediction'))
-  _report(args, measured | {'parts': parts, 'first_chunk_ms': cold})
+  config, params = load_inference(args.workdir)
+  measured = measure_latency(config, params, calls=args.calls)
+  if args.cold:
+    measured['cold_start'] = cold_start.measure(args.workdir)
+  if args.html:
+    subtitle = f'{args.workdir}, one observation at a time.'
+    write_report(args.html, pages.latency_page(measured, config, subtitle))
+  times = {name: part.times_ms for name, part in measured['parts'].items()}
+  rows = [dict(zip(times, row)) for row in zip(*times.values(), strict=True)]
+  parts = {
+    name: {key: value for key, value in to_plain(part).items() if key != 'times_ms'}
+    | {'hz': part.hz}
+    for name, part in measured['parts'].items()
+  }
+  # What this process waited for before its first chunk, the loading of weights not counted.
+  first = sum(parts[name]['first_ms'] for name in ('encode the observation', 'whole prediction'))
+  scores = measured | {'parts': parts, 'first_chunk_ms': first}
+  _report(args, scores, suite={'kind': 'latency', 'calls': args.calls}, rows=rows)
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -19,7 +19,8 @@ from wallwm_jax.data.schema import LEVELS
 from wallwm_jax.data.store import EventStore
 from wallwm_jax.data.transforms import Draw, WindowReader, pick_caption
 from wallwm_jax.evaluation import latency, open_loop, video
-from wallwm_jax.evaluation.report import ActionTrace, VideoStrip
+from wallwm_jax.evaluation.action_sections import ActionTrace
+from wallwm_jax.evaluation.video_sections import VideoStrip
 from wallwm_jax.inference import denoiser
 from wallwm_jax.inference.denoiser import Window
 from wallwm_jax.inference.event import predict_event
@@ -28,6 +29,9 @@ from wallwm_jax.models import functional
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.types import EventBatch, InferenceParams, NormStats, Observation
 
+DEADLINES = (10, 20, 30)  # Hz
+# Parts that a control loop waits for: replanning, and new actions from a cached anchor.
+LOOPS = ('whole prediction', 'actions against the cache')
 VIDEO_STEPS = 4  # Euler steps of a predicted video; few, as PSNR asks for the mean of futures
 Predict = Callable[[EventBatch], np.ndarray]
 
@@ -62,9 +66,7 @@ class Windows:
 
   def facts(self, batch: EventBatch, column: str) -> list:
     """A column of the event index ('label', 'episode', 'L1', ...) for each window of a batch."""
-    uid = np.asarray(batch.uid, np.uint64)
-    rows = [self._rows[key] for key in (uid[:, 0] | uid[:, 1] << np.uint64(32)).tolist()]
-    return self.store.column(column)[rows].tolist()
+    return self.store.column(column)[self._rows_of(batch)].tolist()
 
   def captions(self, batch: EventBatch) -> list[str]:
     """The caption that conditions each window of a batch."""
@@ -73,6 +75,32 @@ class Windows:
       pick_caption({level: texts[i] for level, texts in levels.items()}, self.config.data.window)
       for i in range(len(batch.num_frames))
     ]
+
+  def states(self, batch: EventBatch) -> np.ndarray:
+    """Measured states [B, T, A] of the robot at every frame of a batch, physical and absolute; NaN
+    where a recording has none."""
+    rows, starts = self._rows_of(batch), self.store.column('start')
+    future = np.asarray(batch.actions).shape[1] // self.config.model.steps_per_latent
+    paths = []
+    for row in rows:
+      frames = self._reader.window(Draw(row, future, int(starts[row]))).frames
+      state = self.store.info(int(self.store.column('episode')[row])).state
+      lost = np.full((len(frames), self.config.model.action_spec.dim), np.nan)
+      paths.append(lost if state is None else state[frames])
+    return np.stack(paths).astype(np.float64)
+
+  def fixed_views(self, batch: EventBatch) -> np.ndarray:
+    """Bool [B, V]: views there whose camera is calibrated and stands still."""
+    fixed = []
+    for episode in self.facts(batch, 'episode'):
+      cameras = self.store.info(int(episode)).calibration
+      shown = [cameras.get(name) for name in self.config.model.views]
+      fixed.append([camera is not None and camera.extrinsics.ndim == 2 for camera in shown])
+    return np.array(fixed) & np.asarray(batch.view_mask)
+
+  def _rows_of(self, batch: EventBatch) -> list[int]:
+    uid = np.asarray(batch.uid, np.uint64)
+    return [self._rows[key] for key in (uid[:, 0] | uid[:, 1] << np.uint64(32)).tolist()]
 
   def _by_bucket(self) -> dict[int, list[Draw]]:
     events = pipeline.split_events(self.store, self._config)
@@ -202,8 +230,10 @@ def evaluate_video(
   limit: int | None = None,
   steps: int = VIDEO_STEPS,
   seed: int = 0,
+  watch: Callable[[EventBatch, dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, video.VideoResult]:
-  """PSNR and SSIM of 'model', 'codec' (the ceiling) and 'copy_last'."""
+  """PSNR and SSIM of 'model', 'codec' (the ceiling) and 'copy_last'; `watch` is shown every batch
+  and the videos [B, V, T, H, W, 3] of the former two, from the anchor on."""
   predict, anchor = video_predictor(config, params, steps, seed), anchor_frame(config)
 
   @jax.jit
@@ -221,49 +251,67 @@ def evaluate_video(
         'pixel_mask': batch.pixel_mask,
       }
       codec = np.asarray(reconstruct(params.frozen.codec, frames))
-      yield truth, {'model': predict(batch), 'codec': codec}
+      videos = {'model': predict(batch), 'codec': codec}
+      if watch is not None:
+        watch(batch, videos)
+      yield truth, videos
 
   return video.evaluate(pairs())
 
 
-def samples(
-  config: ExperimentConfig,
-  params: InferenceParams,
-  store: EventStore,
-  *,
-  count: int = 3,
-  split: str = 'heldout',
-  steps: int = VIDEO_STEPS,
-  seed: int = 0,
-) -> tuple[list[VideoStrip], list[ActionTrace]]:
-  """Predicted beside true video and actions of `count` events spread over `split`, for the
-  report."""
-  windows, norm, anchor = (
-    Windows(config, store, params.norm, split, count),
-    params.norm,
-    anchor_frame(config),
-  )
-  film, act = video_predictor(config, params, steps, seed), action_predictor(config, params, seed)
-  strips, traces = [], []
+def video_strips(
+  windows: Windows, params: InferenceParams, steps: int = VIDEO_STEPS, seed: int = 0
+) -> list[VideoStrip]:
+  """Predicted beside true video of every window, for a page."""
+  config = windows.config
+  film, anchor = video_predictor(config, params, steps, seed), anchor_frame(config)
+  strips = []
   for batch in windows.batches():
-    frames, actions = film(batch), act(batch)
-    true = open_loop.denormalise(batch.actions, norm.action_mean, norm.action_scale)
-    state = open_loop.denormalise(batch.state, norm.state_mean, norm.state_scale)
-    hold = open_loop.hold_actions(state, true.shape[1])
+    frames = film(batch)
     names, episodes = windows.captions(batch), windows.facts(batch, 'episode')
     for i, (name, episode) in enumerate(zip(names, episodes)):
       seen, end = np.flatnonzero(batch.view_mask[i]), int(batch.num_frames[i])
-      fps = store.episodes['fps'][episode].as_py() / config.data.stride
+      fps = windows.store.episodes['fps'][episode].as_py() / config.data.stride
       shown = frames[i, seen, : end - anchor]
       views = tuple(config.model.views[v] for v in seen)
       strips.append(VideoStrip(name, views, shown, batch.frames[i, seen, anchor:end], fps))
+  return strips
+
+
+def action_traces(windows: Windows, params: InferenceParams, seed: int = 0) -> list[ActionTrace]:
+  """Predicted beside demonstrated actions of every window, for a page."""
+  act, norm = action_predictor(windows.config, params, seed), params.norm
+  traces = []
+  for batch in windows.batches():
+    actions, names = act(batch), windows.captions(batch)
+    true = open_loop.denormalise(batch.actions, norm.action_mean, norm.action_scale)
+    state = open_loop.denormalise(batch.state, norm.state_mean, norm.state_scale)
+    hold = open_loop.hold_actions(state, true.shape[1])
+    for i, name in enumerate(names):
       traces.append(ActionTrace(name, actions[i], true[i], hold[i], batch.action_mask[i]))
-  return strips, traces
+  return traces
+
+
+def one_prediction(config: ExperimentConfig):
+  """(params, obs, text, key) -> physical actions [B, K, A] of the longest window."""
+  bucket = config.data.buckets[-1]
+
+  def predict(params, obs, text, key):
+    if config.data.window == 'chunk':
+      return predict_chunk(params, obs, text, key, cfg=config).chunk.actions
+    return predict_event(params, obs, text, key, cfg=config, bucket=bucket).chunk.actions
+
+  return predict
 
 
 def measure_latency(config: ExperimentConfig, params: InferenceParams, *, calls: int = 200) -> dict:
-  """Latency of one prediction (batch 1, longest bucket) and of its parts, see
-  `latency.measure_parts`."""
+  """Latency of one prediction (batch 1, longest bucket) and of its parts.
+
+  Returns:
+    What `latency.measure_parts` answers, with deadline_misses {loop: {Hz: share of calls}},
+    replan_hz, action_hz (steps of a chunk times replan_hz), action_refresh_hz (actions anew against
+    the cached anchor), asked (what decides the time) and `latency.peak_memory`.
+  """
   chunk = config.data.window == 'chunk'
   window = Window.chunk(config) if chunk else Window.event(config, config.data.buckets[-1])
   batch = config.fake_batch(batch_size=1)
@@ -288,7 +336,31 @@ def measure_latency(config: ExperimentConfig, params: InferenceParams, *, calls:
   measured['parts']['actions to the host'] = latency.measure_copy(
     lambda: act(params, cond, cache, noise.action), calls=calls
   )
-  return measured
+  whole_time, refresh = (measured['parts'][name] for name in LOOPS)
+  return measured | {
+    'deadline_misses': {
+      name: {str(rate): measured['parts'][name].missed(rate) for rate in DEADLINES}
+      for name in LOOPS
+    },
+    'replan_hz': whole_time.hz,
+    'action_hz': whole_time.hz * noise.action.shape[1],
+    'action_refresh_hz': refresh.hz,
+    'asked': _asked(config, noise),
+  } | latency.peak_memory()
+
+
+def _asked(config: ExperimentConfig, noise: denoiser.Noise) -> dict:
+  """What decides how long a prediction takes."""
+  inference, model = config.inference, config.model
+  return {
+    'action_steps': inference.action_steps,
+    'video_steps': inference.video_steps,
+    'guidance': inference.guidance,
+    'horizon': noise.action.shape[1],
+    'views': len(model.views),
+    'image_size': list(model.image_size),
+    'batch': 1,
+  }
 
 
 def _ones(function, *args):

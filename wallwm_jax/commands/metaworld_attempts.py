@@ -25,6 +25,7 @@ from wallwm_jax.inference import hosted
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import new_mind
 from wallwm_jax.inference.sources import NOTHING, Ask, CaptionTable
+from wallwm_jax.inference.waiting import HOLD
 from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 8  # attempts that share a call of the policy; twice as many environments are held
@@ -53,6 +54,7 @@ def attempt(
   ask: Ask | None = None,
   record: bool = False,
   delay: int = 0,
+  waiting: str = HOLD,
   processes: int | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> Attempts:
@@ -67,14 +69,18 @@ def attempt(
     planning: for the sources that ask a VLM; ask: who is asked, for 'human'.
     record: keep a frame of every executed action.
     delay: control steps between an observation and the first action answered to it; they count into
-      max_steps.
+      max_steps. waiting: what the robot does in them; here it can only hold.
     processes: of environments (one per core, at most 8).
     progress: called with (finished, all) attempts.
 
   Raises:
     ConfigError: the model's cameras are not Meta-World's, the source is unknown or needs a language
-      side that the model has not, or Meta-World is missing.
+      side that the model has not, it was asked to run on while it waits, or Meta-World is missing.
   """
+  if waiting != HOLD:
+    raise ConfigError(
+      f'waiting: expected {HOLD!r} in Meta-World, got {waiting!r}. The tabletop has both.'
+    )
   source = source or default_source(config)
   check_source(params, source, ask)
   model = config.model
@@ -121,7 +127,7 @@ def _attempts(histories, starts, source: str, config, turns: workers.Turns) -> A
   last = [history.seen[-1] for history in histories]
   steps = np.array([seen.steps for seen in last])
   films = [
-    np.concatenate([seen.film for seen in history.seen if seen.film is not None], axis=1)
+    [seen.film for seen in history.seen if seen.film is not None]
     for history in histories if turns.record
   ]  # fmt: skip
   return Attempts(

@@ -65,7 +65,8 @@ def _act(args: argparse.Namespace, out: pathlib.Path) -> None:
     if getattr(args, name) is None:
       raise ConfigError(f'--{name}: required unless --video-only is given.')
   attempts = worlds.World(args, per_kind=1).attempt(record=True)
-  films = [np.concatenate(list(film), axis=2) for film in attempts.films]
+  turns = [turn for film in attempts.films for turn in film]
+  films = [np.concatenate(list(turn), axis=2) for turn in turns]
   every = max(round(attempts.fps / FILM_FPS), 1)
   frames = np.concatenate(films)[::every]  # attempt after attempt, views side by side
   fps = attempts.fps / every

@@ -3,6 +3,7 @@ call, scored or recorded."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -22,6 +23,7 @@ from wallwm_jax.evaluation.closed_loop import time_to_success
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.inference.rollout import LoopSpec, Rollout, closed_loop
 from wallwm_jax.inference.sources import Ask, CaptionTable
+from wallwm_jax.inference.waiting import HOLD
 from wallwm_jax.types import ConfigError, InferenceParams
 
 BATCH = 32  # attempts that run side by side
@@ -41,6 +43,7 @@ def attempt(
   ask: Ask | None = None,
   record: bool = False,
   delay: int = 0,
+  waiting: str = HOLD,
 ) -> Attempts:
   """Runs every task of a suite once; equal seeds give equal scenes and noise to every policy.
 
@@ -52,11 +55,11 @@ def attempt(
     planning: for the sources that ask a VLM; ask: who is asked, for 'human'.
     record: keep the executed frames.
     delay: control steps between an observation and the first action answered to it; they count into
-      max_steps.
+      max_steps. waiting: what the robot does in them, 'hold' or 'run' (LoopSpec).
 
   Raises:
-    ConfigError: the model's cameras are not the tabletop's, or the source is unknown or needs a
-      language side that the model has not.
+    ConfigError: the model's cameras are not the tabletop's, the source is unknown or needs a
+      language side that the model has not, or a delay that cannot be run through.
   """
   source = source or default_source(config)
   check_source(params, source, ask)
@@ -65,7 +68,7 @@ def attempt(
       f'config.model.views: expected the cameras of the tabletop {VIEWS}, got {config.model.views}.'
     )
   world = TabletopConfig(image_size=config.model.image_size)
-  run = _program(config, world, max_steps, source, ask, record, delay)
+  run = _program(config, world, max_steps, source, ask, record, delay, waiting)
   count = len(suite.kind)
   keys = jax.random.split(jax.random.key(seed), count)
   parts = [
@@ -75,24 +78,19 @@ def attempt(
     for rows in _batches(count, 1 if source == HUMAN else BATCH)
   ]
   done: Rollout = jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
-  waited = done.turns.actions.mask.shape[2] + delay
+  turn_steps = done.turns.poses.shape[2]
   return Attempts(
     done,
     [tasks.TASK_KINDS[i] for i in np.asarray(suite.kind)],
     [tasks.CAPTIONS[i] for i in np.asarray(suite.instruction)],
     tasks.CAPTIONS,
-    time_to_success(done.success, done.attempted, waited * world.control_period),
+    time_to_success(done.success, done.attempted, turn_steps * world.control_period),
     1 / world.control_period,
     source,
     delay,
-    films=[_film(done, i) for i in range(count)] if record else (),
+    waiting,
+    films=[list(done.turns.frames[i, :n]) for i, n in enumerate(done.attempted)] if record else (),
   )
-
-
-def _film(done: Rollout, index: int) -> np.ndarray:
-  """[V, T, H, W, 3] of one attempt; T = 0 where it was over before it began."""
-  turns = done.turns.frames[index, : done.attempted[index]]  # [n, V, K, H, W, 3]
-  return np.moveaxis(turns, 0, 1).reshape(turns.shape[1], -1, *turns.shape[3:])
 
 
 def _batches(count: int, most: int) -> list[np.ndarray]:
@@ -110,6 +108,7 @@ def _program(
   ask: Ask | None,
   record: bool,
   delay: int,
+  waiting: str,
 ):
   """(params, captions, planning, tasks [n], keys [n]) -> Rollout [n]; equal arguments share one
   program."""
@@ -118,8 +117,8 @@ def _program(
   def run(params, captions, planning, suite, keys):
     act, bucket, history = make_act(params, config)
     rate = config.model.steps_per_latent
-    turns = max(1, max_steps // (rate * bucket + delay))
-    spec = LoopSpec(turns, bucket, history, rate, record, delay)
+    spec = LoopSpec(1, bucket, history, rate, record, delay, waiting)
+    spec = dataclasses.replace(spec, turns=max(1, max_steps // spec.turn_steps))
     period = world.control_period
     told = make_source(source, params, planning, config, control_period=period, ask=ask)
     one = functools.partial(closed_loop, act, told, env_fns(world), captions=captions, spec=spec)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from wallwm_jax import presets
 from wallwm_jax.commands import (
+  action_checks,
   attempts,
   evaluators,
   language_scores,
@@ -22,6 +23,7 @@ from wallwm_jax.commands import (
   tiny_vlm,
 )
 from wallwm_jax.commands.clock import Clock
+from wallwm_jax.commands.evaluators import Windows
 from wallwm_jax.commands.language_scores import Moments
 from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.data.build import build_store
@@ -30,6 +32,7 @@ from wallwm_jax.data.store import EventStore
 from wallwm_jax.envs.tabletop import tasks
 from wallwm_jax.envs.tabletop.collect import collect
 from wallwm_jax.evaluation import base, report, video
+from wallwm_jax.evaluation.loop_sections import Loop
 from wallwm_jax.text.planning import make_planning_texts
 from wallwm_jax.training import loop
 from wallwm_jax.training.checkpoints import load_inference
@@ -103,11 +106,17 @@ def run(size: str, out: str | pathlib.Path) -> dict:
   bank = caption_bank(store)
   event, thinking = load_inference(out / 'stage2'), load_inference(out / 'stage4', captions=bank)
   chunk = load_inference(out / 'stage5', captions=bank)
-  results, clips = _rollouts(plan, event, chunk, store, bank)
+  acted, clips = _rollouts(plan, event, chunk, store, bank)
+  results = {name: done.score() for name, done in acted.items()}
+  motion = {name: done.motion() for name, done in acted.items()}
   clock.start('scoring held-out events')
   actions = evaluators.evaluate_actions(*event, store, limit=plan.events)
   videos = evaluators.evaluate_video(*event, store, limit=plan.events)
-  strips, traces = evaluators.samples(*event, store, count=4)
+  windows = Windows(event[0], store, event[1].norm, limit=plan.events)
+  checks = action_checks.image_sensitivity(windows, evaluators.action_predictor(*event))
+  checks |= action_checks.duration_error(store)
+  few = dataclasses.replace(windows, limit=4)
+  strips, traces = evaluators.video_strips(few, event[1]), evaluators.action_traces(few, event[1])
   latency = evaluators.measure_latency(*event, calls=plan.calls)
   planned, told, reasonings = _language(plan, thinking, store)
 
@@ -131,9 +140,9 @@ def run(size: str, out: str | pathlib.Path) -> dict:
       name: {'steps': result.step, 'workdir': result.workdir} for name, result in runs.items()
     },
     'seconds': clock.parts(),
-    'closed_loop': {name: result.to_json() for name, result in results.items()},
+    'closed_loop': {name: result.to_json() | motion[name] for name, result in results.items()},
     'video': video.to_json(videos),
-    'open_loop': actions.to_json(),
+    'open_loop': actions.to_json() | checks,
     'plans': {name: score.to_json() for name, score in planned.items()},
     'traces': {name: score.to_json() for name, score in told.items()},
     'latency': latency,
@@ -146,12 +155,13 @@ def run(size: str, out: str | pathlib.Path) -> dict:
     'the embedded tabletop, then asked to imagine and to act.',
     cards=_cards(summary),
     losses=losses,
-    closed_loop=results,
+    closed_loop=Loop(results, motion),
     clips=clips,
     video=videos,
     strips=strips,
     open_loop=actions,
     actions=traces,
+    action_checks=checks,
     latency=latency,
     plans=planned,
     traces=told,
@@ -202,34 +212,28 @@ def _language(plan: Size, thinking, store: EventStore):
 
 
 def _rollouts(plan: Size, event, chunk, store: EventStore, bank):
-  """Scores of the trained, untrained and unified policies on the same scenes (with latents: on a
+  """Attempts of the trained, untrained and unified policies on the same scenes (with latents: on a
   part of them), and a few filmed attempts.
   """
   suite = tasks.task_suite(jax.random.key(SUITE_SEED), tasks.SINGLE_KINDS, plan.attempts)
   captions = attempts.caption_table(event[0], store, tasks.CAPTIONS)
 
-  def score(policy, **options):
-    run = tabletop_attempts.attempt(*policy, suite, captions, max_steps=MAX_STEPS, **options)
-    return run.score()
+  def act(policy):
+    return tabletop_attempts.attempt(*policy, suite, captions, max_steps=MAX_STEPS)
 
-  results = {
-    TRAINED: score(event),
-    UNTRAINED: score((event[0], attempts.untrained(*event))),
-    UNIFIED: score(chunk),
+  runs = {
+    TRAINED: act(event),
+    UNTRAINED: act((event[0], attempts.untrained(*event))),
+    UNIFIED: act(chunk),
   }
   few = jax.tree.map(lambda x: x[:: plan.attempts], suite)
   some = jax.tree.map(lambda x: x[::4], suite)
   planning = attempts.planning_table(make_planning_texts(chunk[0]), bank, tasks.CAPTIONS)
-  results[LATENTS] = tabletop_attempts.attempt(
+  runs[LATENTS] = tabletop_attempts.attempt(
     *chunk, some, captions, max_steps=MAX_STEPS, source='staircase', planning=planning
-  ).score()
+  )
   filmed = tabletop_attempts.attempt(*event, few, captions, max_steps=MAX_STEPS, record=True)
-  clips = [
-    report.RolloutClip(text, filmed.films[i], bool(filmed.rollouts.success[i]), filmed.fps)
-    for i, text in enumerate(filmed.instructions)
-    if filmed.rollouts.attempted[i]
-  ]
-  return results, clips
+  return runs, attempts.clips(filmed, *event, captions)
 
 
 def _cards(summary: dict) -> tuple[report.Card, ...]:

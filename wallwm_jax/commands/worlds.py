@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from wallwm_jax.commands import common
+
+FILMED = 8  # kinds of task of which a page shows an attempt
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -16,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
   parser.add_argument('--store', required=required, help='event store; says how long events last')
   parser.add_argument(
     '--tasks',
-    help='tabletop: single, multi, or kinds such as reach,push (single); metaworld: MT10, MT50, or '
-    'tasks such as reach,push (MT10)',
+    help='tabletop: single, multi, long, or kinds such as reach,push (single); metaworld: MT10, '
+    'MT50, or tasks such as reach,push (MT10)',
   )
   parser.add_argument(
     '--max-steps', type=int, help='control steps of an attempt (tabletop 64, metaworld 500)'
@@ -68,23 +71,38 @@ class World:
       self._per_kind = max(1, asked // len(self._kinds))
     self._options = self._load()
 
-  def attempt(self, record: bool = False, delay: int = 0):
-    """Attempts of every kind of task, once (commands.attempts.Attempts)."""
-    args, options = self._args, self._options | {'record': record, 'delay': delay}
+  def attempt(self, record: bool = False, delay: int = 0, waiting: str = 'hold'):
+    """Attempts of every kind of task (commands.attempts.Attempts)."""
+    options = {'record': record, 'delay': delay, 'waiting': waiting}
+    return self._attempt(self._kinds, self._per_kind, **options)
+
+  def page(self, runs):
+    """The page of runs of `attempt`, with a filmed attempt of the first kinds of task."""
+    from wallwm_jax.commands import attempts, pages
+
+    args, options = self._args, self._options
+    filmed = self._attempt(self._kinds[:FILMED], 1, record=True)
+    config, params = options['config'], options['params']
+    clips = attempts.clips(filmed, config, params, options['captions'], args.seed)
+    subtitle = f'{args.workdir} in {args.world}, tasks {self.tasks}, told by {filmed.source}.'
+    return pages.closed_loop_page(runs, clips, config, subtitle)
+
+  def _attempt(self, kinds: Sequence[str], per_kind: int, **options):
+    args, options = self._args, self._options | options
     if args.world == 'metaworld':
       from wallwm_jax.commands import metaworld_attempts as world
 
-      options |= {'per_task': self._per_kind, 'processes': args.processes}
+      options |= {'per_task': per_kind, 'processes': args.processes}
       if options['ask'] is not None:  # a bar would be in the way of the questions
-        return world.attempt(names=self._kinds, **options)
+        return world.attempt(names=kinds, **options)
       with common.progress_bar('attempts') as progress:
-        return world.attempt(names=self._kinds, progress=progress, **options)
+        return world.attempt(names=kinds, progress=progress, **options)
     import jax
 
     from wallwm_jax.commands import tabletop_attempts as world
     from wallwm_jax.envs.tabletop import tasks
 
-    suite = tasks.task_suite(jax.random.key(args.seed), self._kinds, self._per_kind)
+    suite = tasks.task_suite(jax.random.key(args.seed), kinds, per_kind)
     return world.attempt(suite=suite, **options)
 
   def _load(self) -> dict:
@@ -141,8 +159,8 @@ def _terminal(config, names, table, control_period: float):
 
 
 def _tabletop_kinds(chosen: str) -> tuple[str, ...]:
-  """Kinds named on the command line: 'single', 'multi' or a comma-separated list."""
+  """Kinds named on the command line: 'single', 'multi', 'long' or a comma-separated list."""
   from wallwm_jax.envs.tabletop import tasks
 
-  groups = {'single': tasks.SINGLE_KINDS, 'multi': tasks.MULTI_KINDS}
+  groups = {'single': tasks.SINGLE_KINDS, 'multi': tasks.MULTI_KINDS, 'long': tasks.LONG_KINDS}
   return groups.get(chosen) or tuple(chosen.split(','))

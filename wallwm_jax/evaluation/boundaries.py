@@ -16,6 +16,7 @@ import numpy as np
 from wallwm_jax.types import DataError
 
 TOLERANCES = tuple(round(0.05 * i, 2) for i in range(1, 11))  # s
+SHARES = TOLERANCES  # of the length of an episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +114,42 @@ def score_by_seconds(
       f'score_by_seconds: expected tolerances >= 0 s and fps > 0, got {tolerances} and '
       f'{sorted({fps for *_, fps in episodes})}.'
     )
+  return _by_tolerance(episodes, tolerances)
+
+
+def score_by_share(
+  episodes: Iterable[tuple], shares: Sequence[float] = SHARES
+) -> dict[float, BoundaryScore]:
+  """Scores at tolerances that are shares of the episode's length, pooled over episodes.
+
+  Args:
+    episodes: (predicted [p], true [t], num_frames) of each episode, in frames; shares: theta.
+
+  Returns:
+    {theta: score}; `mean_f1` averages them.
+
+  Raises:
+    DataError: no or negative shares, num_frames < 1, and as `match_boundaries`.
+
+  Source: the GEBD protocol (arXiv 2101.10511), relative distance |predicted - true| / L <= theta.
+  """
+  episodes = list(episodes)
+  if not shares or min(shares) < 0 or any(frames < 1 for *_, frames in episodes):
+    raise DataError(
+      f'score_by_share: expected shares >= 0 and num_frames >= 1, got {shares} and '
+      f'{sorted({frames for *_, frames in episodes})}.'
+    )
+  return _by_tolerance(episodes, shares)
+
+
+def _by_tolerance(episodes: Sequence[tuple], tolerances) -> dict[float, BoundaryScore]:
+  """Pooled scores of (predicted, true, unit), the tolerance counted in units of frames."""
   scores = {}
   for tolerance in tolerances:
     matched = predicted = true = 0
-    for p, t, fps in episodes:
+    for p, t, unit in episodes:
       # 0.3 s at 10 fps are 3 frames, also where the product is 2.9999.
-      matched += len(match_boundaries(p, t, math.floor(tolerance * fps + 1e-9)))
+      matched += len(match_boundaries(p, t, math.floor(tolerance * unit + 1e-9)))
       predicted, true = predicted + len(p), true + len(t)
     scores[tolerance] = BoundaryScore(matched, predicted, true)
   return scores

@@ -112,16 +112,18 @@ def _shares(planned, success) -> Interval | None:
   return bootstrap_interval(known) if len(known) else None
 
 
-def seam_jump(actions, mask, acted) -> np.ndarray:
-  """How far the first target of a turn lies from where the turn before ended, over the median step
+def seam_jump(actions, mask, acted, moved=None) -> np.ndarray:
+  """How far the first target of a turn lies from where the robot is by then, over the median step
   within turns: 1 is a motion that goes on at its pace, 0 one that stops.
 
-  Actions are relative to the pose reached when they are asked for, so the distance is the length of
-  the first one. Positions of all arms count as one vector.
+  Actions are relative to the pose reached when they are asked for, so without waiting the distance
+  is the length of the first one. Positions of all arms count as one vector.
 
   Args:
-    actions: [n, T, K, A] relative, position m first in every 10 channels; mask: [n, T, K] valid
-      steps; acted: [n, T] turns that were carried out.
+    actions: [n, T, K, A] relative, position m first in every 10 channels; mask: [n, T, K] steps
+      carried out; acted: [n, T] turns that were carried out.
+    moved: [n, T, A] pose reached just before the first of those steps, relative like the actions;
+      None = the pose they are relative to.
 
   Returns:
     float64 [n]: mean over an attempt's seams; NaN where it has none, or its targets do not move.
@@ -139,8 +141,13 @@ def seam_jump(actions, mask, acted) -> np.ndarray:
   position = arms[..., :3].reshape(*actions.shape[:3], -1)
   steps = np.linalg.norm(np.diff(position, axis=2), axis=-1)
   valid = mask[:, :, 1:] & mask[:, :, :-1] & acted.astype(bool)[:, :, None]
-  seams = acted.astype(bool)[:, 1:] & acted.astype(bool)[:, :-1] & mask[:, 1:, 0]
-  first = np.linalg.norm(position[:, 1:, 0], axis=-1)
+  seams = acted.astype(bool)[:, 1:] & acted.astype(bool)[:, :-1] & mask[:, 1:].any(-1)
+  place = mask.argmax(-1)[:, :, None, None]
+  target = np.take_along_axis(position, place, axis=2)[:, :, 0]
+  if moved is not None:
+    parts = np.asarray(moved, np.float64).reshape(*mask.shape[:2], -1, POSE_WIDTH)
+    target = target - parts[..., :3].reshape(target.shape)
+  first = np.linalg.norm(target[:, 1:], axis=-1)
   jumps = np.full(len(actions), np.nan)
   for i in range(len(actions)):
     pace = np.median(steps[i][valid[i]]) if valid[i].any() else 0.0
@@ -165,6 +172,22 @@ def time_to_success(success, turns, turn_time: float) -> np.ndarray:
       f'{turns.shape}, {turn_time}.'
     )
   return np.where(success, turns * turn_time, np.nan)
+
+
+def progress_reached(progress, kinds: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """How far attempts get: {kind: (percent [m], share [m])}, the share of its attempts that reached
+  at least so much progress, for 0, every value that occurs, and 100.
+
+  Args:
+    progress: [n] in 0..100; kinds: [n] names.
+  """
+  progress, kinds = np.asarray(progress, np.float64), np.asarray(list(kinds))
+  curves = {}
+  for kind in dict.fromkeys(kinds.tolist()):
+    own = progress[kinds == kind]
+    percent = np.unique(np.concatenate([[0.0], own, [100.0]]))
+    curves[kind] = percent, (own[:, None] >= percent - 1e-6).mean(0)
+  return curves
 
 
 def mcnemar(first, second) -> float:

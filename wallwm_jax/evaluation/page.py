@@ -20,8 +20,9 @@ body { margin: 0; background: var(--back); color: var(--ink); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 header { background: #122036; color: #fff; padding: 40px 24px 72px; }
 header > div { max-width: 1080px; margin: 0 auto; }
-header h1 { margin: 0 0 6px; font-size: 28px; font-weight: 650; letter-spacing: -.01em; }
-header p { margin: 0; color: #b9c5d8; max-width: 76ch; }
+header h1 { margin: 0 0 6px; font-size: 28px; font-weight: 650; letter-spacing: -.01em;
+  overflow-wrap: anywhere; }
+header p { margin: 0; color: #b9c5d8; max-width: 76ch; overflow-wrap: anywhere; }
 nav { margin-top: 18px; display: flex; flex-wrap: wrap; gap: 6px 18px; }
 nav a { color: #dbe6f7; text-decoration: none; font-size: 14px; border-bottom: 1px solid #48618a; }
 nav a:hover { color: #fff; border-color: #fff; }
@@ -45,6 +46,7 @@ figure { margin: 12px 0 0; }
 figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: 13px; margin: 6px 0 12px; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 18px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px 7px 0; text-align: right; white-space: nowrap;

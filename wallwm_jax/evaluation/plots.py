@@ -102,6 +102,115 @@ def success_bars(policies: Mapping[str, Mapping[str, Interval]]) -> bytes:
   return as_png(figure)
 
 
+def delay_curves(waits: Mapping[str, Mapping[int, Interval]]) -> bytes:
+  """Success [%] by control steps of latency, one line per way of waiting: {way: {steps: rate}}."""
+  percent = {
+    name: {
+      steps: Interval(100 * rate.value, 100 * rate.low, 100 * rate.high, rate.n)
+      for steps, rate in found.items()
+    }
+    for name, found in waits.items()
+  }
+  return interval_curves(percent, 'control steps of latency', 'success [%]')
+
+
+def interval_curves(
+  lines: Mapping[str, Mapping[int, Interval]], x_label: str, y_label: str
+) -> bytes:
+  """Lines through estimates with their bounds: {name: {x: Interval}}."""
+  figure, (axis,) = panels(1, width=5.2, height=2.9, columns=1)
+  for i, (color, (name, found)) in enumerate(zip(SERIES, lines.items())):
+    shown = sorted(found)
+    value = np.array([found[x].value for x in shown])
+    bounds = np.array([[found[x].value - found[x].low, found[x].high - found[x].value]
+                       for x in shown]).T  # fmt: skip
+    x = np.array(shown, float) + 0.04 * (i - (len(lines) - 1) / 2)  # whiskers side by side
+    axis.errorbar(x, value, bounds, color=color, marker='o', markersize=4, capsize=2.5, label=name)
+  axis.set_xticks(sorted({x for found in lines.values() for x in found}))
+  axis.set_xlabel(x_label)
+  axis.set_ylabel(y_label)
+  axis.set_ylim(bottom=0)
+  legend_above(figure, axis)
+  return as_png(figure)
+
+
+def progress_steps(kinds: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+  """Share of attempts [%] that reached at least so much progress: {kind: (percent, share)}."""
+  figure, axes = panels(len(kinds), width=2.6, height=2.1, columns=4)
+  for axis, (kind, (percent, share)) in zip(axes, kinds.items()):
+    axis.step(percent, 100 * np.asarray(share), where='pre', color=BLUE, linewidth=1.8)
+    axis.set_title(kind)
+    axis.set_xlabel('progress [%]')
+    axis.set_xlim(0, 100)
+    axis.set_ylim(-3, 103)
+  return as_png(figure)
+
+
+def error_bars(groups: Mapping[str, Mapping[str, Interval]]) -> bytes:
+  """One panel of horizontal bars with intervals per group: {group: {kind: Interval}}."""
+  tallest = max(len(found) for found in groups.values())
+  figure, axes = panels(len(groups), width=3.4, height=0.9 + 0.27 * tallest, columns=3)
+  for axis, (group, found) in zip(axes, groups.items()):
+    values = np.array([x.value for x in found.values()])
+    bounds = np.array([[x.value - x.low, x.high - x.value] for x in found.values()]).T
+    axis.barh(range(len(found)), values, color=BLUE, height=0.7)
+    axis.errorbar(values, range(len(found)), xerr=bounds, fmt='none', ecolor=INK, capsize=2.5,
+                  elinewidth=1)  # fmt: skip
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis='y')
+    axis.set_title(group)
+  return as_png(figure)
+
+
+def latency_histogram(parts: Mapping[str, Sequence[float]], bins: int = 40) -> bytes:
+  """One row per part: calls by milliseconds on its own axis, the median marked."""
+  figure, axes = panels(len(parts), width=3.4, height=1.5, columns=3)
+  for axis, (name, times) in zip(axes, parts.items()):
+    axis.hist(np.asarray(times), bins=min(bins, max(5, len(times) // 4)), color=BLUE)
+    axis.axvline(np.median(times), color=ORANGE, linewidth=1.6)
+    axis.set_title(name)
+    axis.set_xlabel('ms')
+  return as_png(figure)
+
+
+def tolerance_curves(panels_of: Mapping[str, Mapping[str, Mapping[float, float]]]) -> bytes:
+  """F1 by tolerance, one panel per unit: {unit: {name: {tolerance: F1}}}."""
+  figure, axes = panels(len(panels_of), width=5.2, height=2.9, columns=2)
+  for axis, (title, lines) in zip(axes, panels_of.items()):
+    for color, (name, found) in zip((BLUE, GREY), lines.items()):
+      axis.plot(list(found), list(found.values()), color=color, marker='o', markersize=3.5,
+                label=name)  # fmt: skip
+    axis.set_title(title)
+    axis.set_ylim(0, 1.03)
+  legend_above(figure, axes[0])
+  return as_png(figure)
+
+
+def boundary_timeline(
+  episodes: Mapping[str, Mapping[str, Sequence[float]]], lengths: Sequence[float]
+) -> bytes:
+  """Events of episodes as bars cut at their boundaries.
+
+  Args:
+    episodes: {name: {'true' | 'proposed' | ...: boundaries in s}}; lengths: s of each episode.
+  """
+  rows = [(name, kind, cuts) for name, kinds in episodes.items() for kind, cuts in kinds.items()]
+  figure, (axis,) = panels(1, width=9.6, height=0.7 + 0.26 * len(rows), columns=1)
+  ends = dict(zip(episodes, lengths, strict=True))
+  kinds = list(next(iter(episodes.values())))
+  for place, (name, kind, cuts) in enumerate(rows):
+    edges = np.concatenate([[0.0], np.sort(np.asarray(cuts, float)), [ends[name]]])
+    color = (INK, BLUE, ORANGE)[kinds.index(kind)]
+    for i, (start, end) in enumerate(zip(edges, edges[1:])):
+      axis.barh(place, end - start, left=start, height=0.72, color=color, alpha=(0.85, 0.5)[i % 2])
+  axis.set_yticks(range(len(rows)), [f'{name} {kind}' for name, kind, _ in rows])
+  axis.invert_yaxis()
+  axis.set_xlabel('s')
+  axis.grid(visible=False, axis='y')
+  return as_png(figure)
+
+
 def horizon_curves(
   curves: Mapping[str, Mapping[str, Sequence[float]]], fps: float | None = None
 ) -> bytes:

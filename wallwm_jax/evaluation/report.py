@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from wallwm_jax.evaluation import base, frechet, page, plots
-from wallwm_jax.evaluation.action_tables import action_tables
-from wallwm_jax.evaluation.closed_loop import ClosedLoopResult
+from wallwm_jax.evaluation import (
+  action_sections,
+  base,
+  latency_sections,
+  loop_sections,
+  page,
+  plots,
+  video_sections,
+)
+from wallwm_jax.evaluation.action_sections import ActionTrace
 from wallwm_jax.evaluation.language import PlanScore, TraceScore
+from wallwm_jax.evaluation.loop_sections import Loop, RolloutClip, range_of
 from wallwm_jax.evaluation.open_loop import OpenLoopResult
-from wallwm_jax.evaluation.video import VideoResult, unit_range
+from wallwm_jax.evaluation.video import VideoResult
+from wallwm_jax.evaluation.video_sections import VideoStrip
 from wallwm_jax.types import DataError
-
-MAX_COLUMNS = 9  # frames of a video strip
-CLIP_WIDTH = 288  # least pixels of an animated rollout, all views together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,39 +37,6 @@ class Card:
   value: str
   note: str = ''
   tone: str = ''
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class VideoStrip:
-  """One event: predicted and true frames [V, T, H, W, 3] (uint8, or float in 0..1), valid frames
-  only."""
-
-  caption: str
-  views: tuple[str, ...]
-  predicted: np.ndarray
-  true: np.ndarray
-  fps: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ActionTrace:
-  """One event: predicted, true and held-still actions [K, A] physical, mask [K, A]."""
-
-  caption: str
-  predicted: np.ndarray
-  true: np.ndarray
-  hold: np.ndarray
-  mask: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RolloutClip:
-  """One closed-loop attempt: executed frames [V, T, H, W, 3] uint8."""
-
-  caption: str
-  frames: np.ndarray
-  success: bool
-  fps: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,22 +54,25 @@ class Reasoning:
 class Report:
   """What the page shows; a part that is empty is left out.
 
-  losses: {stage: {metric: (steps, values)}}, see `read_curves`; closed_loop: {policy: result}, the
-  policy that matters first; video: {predictor: result}; latency: what `latency.measure_parts`
-  answers; plans: {where: score} and traces: {wording: score} of the language side; config: any
-  nested dict; environment: of `base.environment`.
+  losses: {stage: {metric: (steps, values)}}, see `read_curves`; closed_loop: attempts of one or
+  more policies; video: {predictor: result}; video_checks, action_checks: what else was found about
+  them, as in the JSON; latency: what `latency.measure_parts` answers; plans: {where: score} and
+  traces: {wording: score} of the language side; config: any nested dict; environment: of
+  `base.environment`.
   """
 
   title: str
   subtitle: str = ''
   cards: tuple[Card, ...] = ()
   losses: Mapping[str, Mapping[str, plots.Curve]] = dataclasses.field(default_factory=dict)
-  closed_loop: Mapping[str, ClosedLoopResult] = dataclasses.field(default_factory=dict)
+  closed_loop: Loop | None = None
   clips: Sequence[RolloutClip] = ()
   video: Mapping[str, VideoResult] = dataclasses.field(default_factory=dict)
   strips: Sequence[VideoStrip] = ()
+  video_checks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   open_loop: OpenLoopResult | None = None
   actions: Sequence[ActionTrace] = ()
+  action_checks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   latency: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   plans: Mapping[str, PlanScore] = dataclasses.field(default_factory=dict)
   traces: Mapping[str, TraceScore] = dataclasses.field(default_factory=dict)
@@ -163,128 +138,12 @@ def read_curves(
   return {name: tuple(np.array(points, np.float64).T) for name, points in curves.items()}
 
 
-def _closed_loop(title: str, report: Report) -> str:
-  blocks = []
-  if report.closed_loop:
-    rates = {
-      policy: {kind: success for kind, (success, _) in _kinds(result).items()}
-      for policy, result in report.closed_loop.items()
-    }
-    blocks.append(
-      page.figure(plots.success_bars(rates), 'Success by kind, with Wilson 95 % intervals.')
-    )
-    blocks += _closed_loop_tables(report.closed_loop)
-  if report.clips:
-    blocks += ['<h3>Rollouts</h3><div class="clips">', *map(_clip, report.clips), '</div>']
-  return page.section(
-    title,
-    'The policy acts in the environment: success of whole attempts, and task progress 0 to 100.',
-    *blocks,
-  )
 
 
-def _closed_loop_tables(results: Mapping[str, ClosedLoopResult]) -> list[str]:
-  """Success, then progress: one row per kind and one of all together, one column per policy."""
-  successes: dict[str, list] = {}
-  progresses: dict[str, list] = {}
-  for result in results.values():
-    for kind, (success, progress) in _kinds(result).items():
-      successes.setdefault(kind, [kind]).append(
-        f'{100 * success.value:.0f} % ({_range(success, 100)}) of {success.n}'
-      )
-      progresses.setdefault(kind, [kind]).append(f'{progress.value:.0f} ({_range(progress)})')
-  return [
-    page.table(('success (95 %) of rollouts', *results), successes.values()),
-    page.details('Progress', page.table(('progress (95 %)', *results), progresses.values())),
-  ]
 
 
-def _kinds(result: ClosedLoopResult) -> dict[str, tuple[base.Interval, base.Interval]]:
-  return result.by_kind | {'overall': (result.success, result.progress)}
 
 
-def _range(interval: base.Interval, scale: float = 1) -> str:
-  return f'{scale * interval.low:.0f} – {scale * interval.high:.0f}'
-
-
-def _clip(clip: RolloutClip) -> str:
-  frames = np.concatenate(list(clip.frames), axis=2)  # views side by side
-  scale = max(1, math.ceil(CLIP_WIDTH / frames.shape[2]))
-  frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-  tag = (
-    '<span class="tag good">success</span>'
-    if clip.success
-    else '<span class="tag bad">failed</span>'
-  )
-  moving = page.image(page.gif(frames, clip.fps), clip.caption, 'gif')
-  return f'<figure>{moving}<figcaption>{tag} {page.escape(clip.caption)}</figcaption></figure>'
-
-
-def _video(title: str, report: Report) -> str:
-  blocks = []
-  if report.video:
-    rows = [
-      (
-        name.replace('_', ' '),
-        r.n,
-        f'{r.psnr:.2f}',
-        f'{r.psnr_end:.2f}',
-        f'{r.ssim:.3f}',
-        f'{r.ssim_end:.3f}',
-        '–' if math.isnan(r.frechet) else f'{r.frechet:.3g}',
-      )
-      for name, r in report.video.items()
-    ]
-    head = ('predictor', 'events', 'PSNR [dB]', 'at the end', 'SSIM', 'at the end', 'Frechet')
-    curves = {
-      'PSNR [dB]': {name.replace('_', ' '): r.psnr_curve for name, r in report.video.items()},
-      'SSIM': {name.replace('_', ' '): r.ssim_curve for name, r in report.video.items()},
-    }
-    blocks = [
-      page.table(head, rows),
-      page.figure(
-        plots.horizon_curves(curves),
-        'Mean score by frame of the window. Frechet: squared distance to the true clips on '
-        f'features of a fixed random net ({frechet.NAME}, trained on nothing; no FVD).',
-      ),
-    ]
-  blocks += [_strip(strip) for strip in report.strips]
-  return page.section(
-    title,
-    'What the model imagines from one keyframe per camera and a caption, beside what happened. '
-    'Copying the last observed frame is the floor to beat; the codec alone is the ceiling.',
-    *blocks,
-  )
-
-
-def _strip(strip: VideoStrip) -> str:
-  """Rows: each view, predicted under true; columns: time."""
-  frames = strip.true.shape[1]
-  chosen = np.unique(np.linspace(0, frames - 1, min(MAX_COLUMNS, frames)).round().astype(int))
-  times = ''.join(f'<span>{i / strip.fps:.1f} s</span>' for i in chosen)
-  rows = [f'<div></div><div class="times">{times}</div>']
-  for v, view in enumerate(strip.views):
-    for kind, video, last in (('true', strip.true, ''), ('predicted', strip.predicted, ' last')):
-      pixels = (255 * unit_range(video[v, chosen])).round().astype(np.uint8)
-      label = f'<b>{page.escape(view)}</b><br>{kind}' if kind == 'true' else kind
-      film = page.image(page.film_row(pixels), f'{view}, {kind}')
-      rows.append(f'<div class="row{last}">{label}</div><div class="{last.strip()}">{film}</div>')
-  return f'<h3>“{page.escape(strip.caption)}”</h3><div class="strip">{"".join(rows)}</div>'
-
-
-def _actions(title: str, report: Report) -> str:
-  blocks = []
-  if report.open_loop:
-    blocks += action_tables(report.open_loop)
-  for trace in report.actions:
-    drawn = plots.action_traces(trace.predicted, trace.true, trace.mask, trace.hold)
-    blocks.append(f'<h3>“{page.escape(trace.caption)}”</h3>{page.figure(drawn, "")}')
-  return page.section(
-    title,
-    'Open loop: predicted against demonstrated end-effector actions of held-out events, relative '
-    'to the pose at the start of the event.',
-    *blocks,
-  )
 
 
 def _language(title: str, report: Report) -> str:
@@ -296,7 +155,7 @@ def _language(title: str, report: Report) -> str:
         where,
         p.n,
         f'{100 * p.top1.value:.1f} %',
-        _range(p.top1, 100),
+        range_of(p.top1, 100),
         f'{p.time_mae.value:.2f} s',
         f'{100 * p.relative.value:.1f} %',
         f'{100 * p.relative_mean:.1f} %',
@@ -311,7 +170,7 @@ def _language(title: str, report: Report) -> str:
         wording,
         t.n,
         f'{100 * t.tokens.value:.1f} %',
-        _range(t.tokens, 100),
+        range_of(t.tokens, 100),
         f'{100 * t.exact.value:.0f} %',
       )
       for wording, t in report.traces.items()
@@ -330,6 +189,22 @@ def _language(title: str, report: Report) -> str:
   )
 
 
+def _closed_loop(title: str, report: Report) -> str:
+  return loop_sections.section(title, report.closed_loop or Loop(), report.clips)
+
+
+def _video(title: str, report: Report) -> str:
+  return video_sections.section(title, report.video, report.strips, report.video_checks)
+
+
+def _actions(title: str, report: Report) -> str:
+  return action_sections.section(title, report.open_loop, report.actions, report.action_checks)
+
+
+def _latency(title: str, report: Report) -> str:
+  return latency_sections.section(title, report.latency)
+
+
 def _training(title: str, report: Report) -> str:
   last = [
     (stage, name, f'{int(steps[-1])}', f'{values[0]:.4g}', f'{plots.smooth(values)[-1]:.4g}')
@@ -343,18 +218,6 @@ def _training(title: str, report: Report) -> str:
     page.table(('stage', 'curve', 'steps', 'first', 'last (smoothed)'), last),
   )
 
-
-def _latency(title: str, report: Report) -> str:
-  rows = [
-    (name, f'{t.p50_ms:.1f}', f'{t.p90_ms:.1f}', f'{t.p99_ms:.1f}', f'{t.first_ms / 1000:.1f}', t.n)
-    for name, t in report.latency['parts'].items()
-  ]
-  head = ('part', 'p50 [ms]', 'p90 [ms]', 'p99 [ms]', 'first call [s]', 'calls')
-  return page.section(
-    title,
-    f'Until the result lies in host memory, on {report.latency["device"]}.',
-    page.table(head, rows),
-  )
 
 
 def _setup(title: str, report: Report) -> str:

@@ -148,10 +148,10 @@ def _per_arm(*poses):
           f'pose width: expected a multiple of {POSE_WIDTH} (3 position, 6 rotation, 1 gripper per '
           f'arm), got an array of shape {pose.shape}. Convert to the canonical layout first.')
   poses = xp.broadcast_arrays(*poses)
-  return xp, *(p.reshape(*p.shape[:-1], -1, POSE_WIDTH) for p in poses)
+  return xp, *(p.reshape(*p.shape[:-1], p.shape[-1] // POSE_WIDTH, POSE_WIDTH) for p in poses)
 
 
 def _join(xp, position, rotation, gripper):
   """[..., A] from per-arm parts [..., arms, 3], [..., arms, 3, 3], [..., arms, 1]."""
   pose = xp.concatenate([position, matrix_to_rot6d(rotation), gripper], axis=-1)
-  return pose.reshape(*pose.shape[:-2], -1)
+  return pose.reshape(*pose.shape[:-2], pose.shape[-2] * pose.shape[-1])

@@ -209,7 +209,7 @@ def lanes_of(attempts: int, batch: int) -> int:
 
 def as_rollouts(histories: Sequence[History]) -> Rollout:
   """Attempts as `closed_loop` gives them, NumPy with a leading axis n, shorter ones filled up with
-  turns that were not acted on; poses and frames stay in the environments."""
+  turns that were not acted on; poses and frames but the first stay in the environments."""
   counts = [len(history.asked) for history in histories]
   turns = max(*counts, 1)
 
@@ -244,6 +244,7 @@ def as_rollouts(histories: Sequence[History]) -> Rollout:
       poses=None,
       frames=None,
     ),
+    first=np.stack([history.seen[0].frames[:, -1:] for history in histories]),
   )
 
 

@@ -14,22 +14,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from wallwm_jax.config import ExperimentConfig
-from wallwm_jax.inference import sources
+from wallwm_jax.inference import sources, waiting
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.sources import CaptionTable, Source, State, TextContext
 from wallwm_jax.inference.unified import predict_chunk
 from wallwm_jax.types import (
     ActionChunk,
+    ConfigError,
     EnvFns,
     InferenceParams,
     Observation,
     PRNGKey,
-    Text,
     pytree_dataclass,
 )
 
 # act(obs, text, key, length [B]) -> ActionChunk, all with B = 1; `length` counts future latents.
-Act = Callable[[Observation, Text, PRNGKey, Array], ActionChunk]
+# A policy that is asked while the robot runs on takes the committed actions as a fifth argument.
+Act = Callable[..., ActionChunk]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,11 @@ class LoopSpec:
   turns: events or chunks at most; bucket: N, longest event in latents; history: M latents of past
   frames kept; steps_per_latent: frames per latent; record: keep the executed frames; delay: control
   steps that pass between an observation and the first action answered to it (the latency of the
-  policy), in which the robot holds its last target.
+  policy); waiting: what the robot does in them, 'hold' its last target or 'run' on along the chunk
+  before (see `inference.waiting`).
+
+  Raises:
+    ConfigError: unknown waiting, or a delay of more than half a chunk to run on through.
   """
 
   turns: int
@@ -48,6 +53,25 @@ class LoopSpec:
   steps_per_latent: int = 4
   record: bool = False
   delay: int = 0
+  waiting: str = waiting.HOLD
+
+  def __post_init__(self):
+    if self.waiting not in waiting.WAITING:
+      raise ConfigError(f'waiting: expected one of {waiting.WAITING}, got {self.waiting!r}.')
+    if self.waiting == waiting.RUN and 2 * self.delay > self.steps:
+      raise ConfigError(
+          f'delay: expected at most {self.steps // 2} control steps to run on through, half a '
+          f'chunk of {self.steps}, got {self.delay}. Ask for longer chunks, or hold.')
+
+  @property
+  def steps(self) -> int:
+    """K, action steps of the longest chunk."""
+    return self.bucket * self.steps_per_latent
+
+  @property
+  def turn_steps(self) -> int:
+    """Control steps from one observation to the next."""
+    return self.steps + (self.delay if self.waiting == waiting.HOLD else -self.delay)
 
 
 @pytree_dataclass
@@ -57,9 +81,10 @@ class Turn:
   caption: int32 id of the next scripted event; asked: of what the source asked for, -1 where that
   is no caption; acted: False once the task had succeeded (nothing was planned in such a turn);
   event_done: the environment moved on to another event or succeeded; progress: 0..100
-  afterwards; actions: [K, A] relative to the pose at call time, with mask [K]; poses: [K, A]
-  reached, or None where only the environment knows; frames: [V, K, H, W, 3] or None where they are
-  not recorded; poses and frames begin with the `delay` steps that were waited.
+  afterwards; actions: [K, A] relative to the pose at call time, with mask [K] of the steps carried
+  out; poses: [turn_steps, A] reached, or None where only the environment knows; frames: [V,
+  turn_steps, H, W, 3] or None where they are not recorded; poses and frames begin with the `delay`
+  steps in which the policy computed.
   """
 
   caption: Int[Array, ""]
@@ -88,32 +113,35 @@ class Sight:
 @pytree_dataclass
 class Mind:
   """What a policy carries from turn to turn: memory of its source of text, number of the turn, and
-  clock, the future latents of all turns before."""
+  the action steps of all turns before, which is its clock."""
 
   memory: State
   step: Int[Array, ""]
-  clock: Int[Array, ""]
+  passed: Int[Array, ""]
 
 
 @pytree_dataclass
 class Rollout:
-  """One attempt: final success and progress (0..100), turns acted on, every turn [turns, ...]."""
+  """One attempt: final success and progress (0..100), turns acted on, every turn [turns, ...], and
+  the frames seen first [V, 1, H, W, 3], None where frames are not recorded."""
 
   success: Bool[Array, ""]
   progress: Float[Array, ""]
   attempted: Int[Array, ""]
   turns: Turn
+  first: UInt8[Array, "V 1 H W 3"] | None
 
 
 def event_policy(params: InferenceParams, cfg: ExperimentConfig, bucket: int) -> Act:
   """Event mode as a policy."""
-  return lambda obs, text, key, length: predict_event(
-      params, obs, text, key, cfg=cfg, bucket=bucket, length=length).chunk
+  return lambda obs, text, key, length, committed=None: predict_event(
+      params, obs, text, key, cfg=cfg, bucket=bucket, length=length, committed=committed).chunk
 
 
 def chunk_policy(params: InferenceParams, cfg: ExperimentConfig) -> Act:
   """Unified mode as a policy; chunks have a fixed length."""
-  return lambda obs, text, key, length: predict_chunk(params, obs, text, key, cfg=cfg).chunk
+  return lambda obs, text, key, length, committed=None: predict_chunk(
+      params, obs, text, key, cfg=cfg, committed=committed).chunk
 
 
 def rollout_events(params: InferenceParams, env: EnvFns, task, key: PRNGKey,
@@ -156,22 +184,29 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
   first = env.observe(state).frames
   past = jnp.repeat(first, spec.steps_per_latent * spec.history, axis=1)
   decide = policy_turn(act, source, captions, bucket=spec.bucket, rate=spec.steps_per_latent)
+  running = spec.waiting == waiting.RUN
 
   def turn(carry, _):
-    state, past, mind, done = carry
+    state, past, mind, tail, done = carry
     caption = env.caption(state)
     current = env.observe(state)
     obs = dataclasses.replace(current, frames=jnp.concatenate([past, current.frames], axis=1))
     sight = Sight(obs, instruction, script, caption)
+    known = (waiting.committed(tail, current.state, spec.steps),) if running else ()
     # Nobody is asked about an attempt that is over.
     rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                        jax.eval_shape(decide, sight, mind, noise_key)[:2])
+                        jax.eval_shape(decide, sight, mind, noise_key, *known)[:2])
     asked, chunk, mind = jax.lax.cond(
-        done, lambda sight, mind: (*rest, mind), lambda *x: decide(*x, noise_key), sight, mind)
-
-    late = [jnp.pad(x, [(spec.delay, 0)] + [(0, 0)] * (x.ndim - 1))  # False = hold
-            for x in (chunk.actions, chunk.mask)]
-    reached, frames, poses = env.execute(state, *late)
+        done, lambda sight, mind: (*rest, mind), lambda *x: decide(*x, noise_key, *known),
+        sight, mind)
+    if running:
+      whole = jnp.sum(chunk.mask, dtype=jnp.int32)
+      actions, mask, own, tail = waiting.follow(chunk, tail, current.state)
+      chunk = ActionChunk(chunk.actions, own)
+      mind = dataclasses.replace(mind, passed=mind.passed - whole + jnp.sum(own, dtype=jnp.int32))
+    else:
+      actions, mask = waiting.held(chunk, spec.delay)
+    reached, frames, poses = env.execute(state, actions, mask)
     seen = jnp.concatenate([past, current.frames, frames[:, :-1]], axis=1)
     moved = (reached, seen[:, seen.shape[1] - past.shape[1]:])
     state, past = jax.tree.map(lambda new, old: jnp.where(done, old, new), moved, (state, past))
@@ -179,32 +214,35 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
     event_done = ~done & (success | (env.caption(state) != caption))
     record = Turn(caption, asked, ~done, event_done, env.progress(state), chunk, poses,
                   frames if spec.record else None)
-    return (state, past, mind, done | success), record
+    return (state, past, mind, tail, done | success), record
 
-  start = (state, past, new_mind(source, captions), env.success(state))
+  tail = waiting.no_tail(spec.delay, env.observe(state).state.shape[0])
+  start = (state, past, new_mind(source, captions), tail, env.success(state))
   (state, *_), turns = jax.lax.scan(turn, start, length=spec.turns)
   attempted = jnp.sum(turns.acted, dtype=jnp.int32)
-  return Rollout(env.success(state), env.progress(state), attempted, turns)
+  seen = first if spec.record else None
+  return Rollout(env.success(state), env.progress(state), attempted, turns, seen)
 
 
 def policy_turn(act: Act, source: Source, captions: CaptionTable, *, bucket: int, rate: int):
-  """The policy's side of a turn, whatever carries it out: decide(sight, mind, key) -> (caption
-  asked for or -1, ActionChunk [K, A], mind).
+  """The policy's side of a turn, whatever carries it out: decide(sight, mind, key, *known) ->
+  (caption asked for or -1, ActionChunk [K, A], mind); known: actions committed to already, or
+  nothing.
 
   Args:
     bucket: N, longest event in latents; rate: action steps per latent.
   """
 
-  def decide(sight: Sight, mind: Mind, key: PRNGKey):
+  def decide(sight: Sight, mind: Mind, key: PRNGKey, *known: ActionChunk):
     obs = jax.tree.map(lambda x: x[None], sight.obs)
     context = TextContext(obs, captions, sight.instruction, sight.script, sight.event, mind.step,
-                          mind.clock)
+                          mind.passed // rate)
     asked, memory = source.speak(context, mind.memory)
     length = jnp.clip(asked.length, 1, bucket)[None]
-    chunk = act(obs, asked.text, jax.random.fold_in(key, mind.step), length)
+    chunk = act(obs, asked.text, jax.random.fold_in(key, mind.step), length, *known)
     chunk = jax.tree.map(lambda x: x[0], chunk)
-    clock = mind.clock + jnp.sum(chunk.mask, dtype=jnp.int32) // rate
-    return asked.caption, chunk, Mind(memory, mind.step + 1, clock)
+    passed = mind.passed + jnp.sum(chunk.mask, dtype=jnp.int32)
+    return asked.caption, chunk, Mind(memory, mind.step + 1, passed)
 
   return decide
 

@@ -13,6 +13,7 @@ from wallwm_jax.envs.tabletop.state import TabletopState
 from wallwm_jax.envs.tabletop.tasks import (
   CAPTIONS,
   EVENT_KINDS,
+  LONG_KINDS,
   MULTI_KINDS,
   SINGLE_KINDS,
   TASK_KINDS,
@@ -25,6 +26,7 @@ from wallwm_jax.envs.tabletop.tasks import (
 __all__ = [
   'CAPTIONS',
   'EVENT_KINDS',
+  'LONG_KINDS',
   'MIXES',
   'MULTI_KINDS',
   'SINGLE_KINDS',

@@ -25,12 +25,13 @@ DIRECTIONS = ('left', 'right', 'forward', 'back')
 DIRECTION_VECTORS = np.array([[-1, 0], [1, 0], [0, 1], [0, -1]], np.float32)
 
 # Task kinds: the seven single events under their own names, then compositions.
-TASK_KINDS = EVENT_KINDS + ('pick', 'put', 'reach_push', 'put_push', 'put_put')
+MULTI_KINDS = ('pick', 'put', 'reach_push', 'put_push', 'put_put')
+LONG_KINDS = ('put_push', 'put_put', 'put_push_reach')  # of two and three tasks
 SINGLE_KINDS = EVENT_KINDS
-MULTI_KINDS = TASK_KINDS[len(EVENT_KINDS) :]
+TASK_KINDS = SINGLE_KINDS + MULTI_KINDS + ('put_push_reach',)
 MAX_EVENTS = 12
 
-_FIRST, _SECOND = 0, 1  # object roles; also the zone roles
+_FIRST, _SECOND, _THIRD = 0, 1, 2  # object roles; the first two are zone roles too
 _DIRECTION, _NONE = 2, -1
 
 
@@ -54,6 +55,8 @@ _TEMPLATES = [
   [(REACH, _FIRST, _NONE), (PUSH, _FIRST, _DIRECTION)],
   _put(_FIRST) + [(REACH, _SECOND, _NONE), (PUSH, _SECOND, _DIRECTION)],
   _put(_FIRST) + _put(_SECOND),
+  _put(_FIRST)
+  + [(REACH, _SECOND, _NONE), (PUSH, _SECOND, _DIRECTION), (REACH, _THIRD, _NONE)],
 ]
 _LENGTHS = np.array([len(rows) for rows in _TEMPLATES], np.int32)
 _SCRIPTS = np.array(
@@ -75,13 +78,13 @@ class Task:
   recovery: Bool[Array, '']
 
 
-def _others(size: int, first: int) -> list[int]:
-  return [i for i in range(size) if i != first]
+def _others(size: int, *taken: int) -> list[int]:
+  return [i for i in range(size) if i not in taken]
 
 
 def _build_captions() -> tuple[tuple[str, ...], np.ndarray]:
   """All captions, and where each family starts: the event kinds, then pick, put, put_push,
-  put_put.
+  put_put, put_push_reach.
   """
   cube, zone, way = CUBE_COLOURS, ZONE_COLOURS, DIRECTIONS
   puts = [f'put the {c} cube on the {z} zone' for c in cube for z in zone]
@@ -107,13 +110,20 @@ def _build_captions() -> tuple[tuple[str, ...], np.ndarray]:
       for b in _others(NUM_CUBES, a)
       for y in _others(NUM_ZONES, z)
     ],
+    [
+      f'{puts[a * NUM_ZONES + z]}, push the {cube[b]} cube {d}, then reach {cube[c]}'
+      for a, z in itertools.product(range(NUM_CUBES), range(NUM_ZONES))
+      for b in _others(NUM_CUBES, a)
+      for d in way
+      for c in _others(NUM_CUBES, a, b)
+    ],
   ]
   offsets = np.cumsum([0] + [len(family) for family in families[:-1]]).astype(np.int32)
   return tuple(itertools.chain.from_iterable(families)), offsets
 
 
 CAPTIONS, _OFFSETS = _build_captions()
-_PICK, _PUT, _PUT_PUSH, _PUT_PUT = range(len(EVENT_KINDS), len(EVENT_KINDS) + 4)
+_PICK, _PUT, _PUT_PUSH, _PUT_PUT, _PUT_PUSH_REACH = range(len(EVENT_KINDS), len(_OFFSETS))
 
 
 def event_caption(event: Int[Array, '3']) -> Int[Array, '']:
@@ -127,12 +137,14 @@ def event_caption(event: Int[Array, '3']) -> Int[Array, '']:
 
 def _instruction(kind, script, objects, zones, way):
   """CAPTIONS index of a task's instruction from what was drawn for its roles."""
-  a, b = objects
+  a, b, c = objects
   z, y = zones
   put = a * NUM_ZONES + z
   other = b - (b > a)
   put_push = (put * (NUM_CUBES - 1) + other) * len(DIRECTIONS) + way
   put_put = (put * (NUM_CUBES - 1) + other) * (NUM_ZONES - 1) + y - (y > z)
+  last = c - (c > a) - (c > b)
+  put_push_reach = put_push * (NUM_CUBES - 2) + last
   single = event_caption(script[0])
   push = event_caption(jnp.stack([jnp.int32(PUSH), a, way]))
   compositions = [
@@ -141,6 +153,7 @@ def _instruction(kind, script, objects, zones, way):
     push,
     _OFFSETS[_PUT_PUSH] + put_push,
     _OFFSETS[_PUT_PUT] + put_put,
+    _OFFSETS[_PUT_PUSH_REACH] + put_push_reach,
   ]
   table = jnp.stack([single] * len(EVENT_KINDS) + [jnp.asarray(c, jnp.int32) for c in compositions])
   return table[kind]
@@ -187,7 +200,7 @@ def sample_task(
     kind = TASK_KINDS.index(kind)
   kind = jnp.asarray(kind, jnp.int32)
   draws = Draws(key, NUM_CUBES + NUM_ZONES + 1)
-  objects, zones = draws.permutation(NUM_CUBES)[:2], draws.permutation(NUM_ZONES)[:2]
+  objects, zones = draws.permutation(NUM_CUBES)[:3], draws.permutation(NUM_ZONES)[:2]
   way = jnp.minimum((draws() * len(DIRECTIONS)).astype(jnp.int32), len(DIRECTIONS) - 1)
   roles = jnp.asarray(_SCRIPTS)[kind]
   obj = jnp.where(roles[:, 1] >= 0, objects[jnp.maximum(roles[:, 1], 0)], -1)
