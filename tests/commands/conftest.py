@@ -56,6 +56,12 @@ def episode(index: int) -> EpisodeRecord:
 
 
 @pytest.fixture(scope='session')
+def make_episode():
+  """`episode`, for tests."""
+  return episode
+
+
+@pytest.fixture(scope='session')
 def experiment(tmp_path_factory):
   path = tmp_path_factory.mktemp('experiments') / 'tiny.py'
   path.write_text(EXPERIMENT)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import episode
 
 from wallwm_jax.commands import evaluators, video_checks
 from wallwm_jax.data.schema import Calibration
@@ -15,14 +14,14 @@ INTRINSICS = np.array([[20.0, 0, 8], [0, 20, 8], [0, 0, 1]], np.float32)
 
 
 @pytest.fixture(scope='module')
-def calibrated(tmp_path_factory) -> EventStore:
+def calibrated(tmp_path_factory, make_episode) -> EventStore:
   """Three episodes seen by two fixed cameras, and one whose second camera moves."""
   eyes = np.array([[0.0, -1, 1], [1, 0, 1]], np.float32)
   poses = cameras.look_at(eyes, np.zeros((2, 3), np.float32))
   path = tmp_path_factory.mktemp('calibrated') / 'store'
   with EpisodeStoreWriter(path, heldout=0.0) as writer:
     for index in range(4):
-      record = episode(index)
+      record = make_episode(index)
       side = poses[1] if index < 3 else np.tile(poses[1], (record.num_frames, 1, 1))
       seen = {'front': Calibration(INTRINSICS, poses[0]), 'side': Calibration(INTRINSICS, side)}
       writer.add(dataclasses.replace(record, calibration=seen))
