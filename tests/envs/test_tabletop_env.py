@@ -238,3 +238,27 @@ def test_dropped_frames_are_not_rendered(starts):
   )
   scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'scan']
   assert scans and all(var.aval.dtype != jnp.uint8 for eqn in scans for var in eqn.outvars)
+
+
+def test_no_privileged_state_reaches_the_policy(starts):
+  """What a policy sees are pixels and its own pose: the script, its bookkeeping and where things
+  are change nothing else."""
+  state, observe = pick(starts, 0), jax.jit(ENV.observe)
+  seen = observe(state)
+  assert {field.name for field in dataclasses.fields(seen)} == {'frames', 'state', 'view_mask'}
+  other = tasks.sample_task(jax.random.key(9), 'put_put')
+  hidden = dataclasses.replace(
+    state, task=other, stage=state.stage + 1, dwell=state.dwell + 1,
+    event_start=state.event_start + 0.1,
+  )  # fmt: skip
+  jax.tree.map(np.testing.assert_array_equal, observe(hidden), seen)
+  nothing = dataclasses.replace(
+    state,
+    cube_present=~state.cube_present,
+    zones=state.zones + 0.03,
+    zone_present=~state.zone_present,
+  )
+  moved = observe(nothing)
+  assert (np.asarray(moved.frames) != np.asarray(seen.frames)).any()
+  np.testing.assert_array_equal(moved.state, seen.state)
+  np.testing.assert_array_equal(moved.view_mask, seen.view_mask)

@@ -227,14 +227,18 @@ def test_film_row_lays_frames_side_by_side():
 
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+# Windows are at least 500 px wide, so the page is looked at in a frame of the width asked for.
+FRAME = '<!doctype html><iframe width="{}" height="900" style="border:0" srcdoc="{}"></iframe>'
 PROBE = """<script>
+onload = () => {
 const broken = [...document.images].filter(i => !(i.complete && i.naturalWidth)).length;
 const wide = [...document.querySelectorAll('body *')].filter(
   e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1);
-document.documentElement.dataset.probe = JSON.stringify({broken,
+parent.document.body.dataset.probe = JSON.stringify({broken,
   width: innerWidth, images: document.images.length,
   over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   wide: wide.map(e => e.tagName + '.' + e.className)});
+};
 </script>"""
 
 
@@ -243,10 +247,11 @@ document.documentElement.dataset.probe = JSON.stringify({broken,
 @pytest.mark.parametrize('width', [1200, 400])
 def test_a_browser_shows_the_whole_page_without_scrolling_sideways(full, tmp_path, width):
   path = tmp_path / 'page.html'
-  path.write_text(report.render(full).replace('</body>', f'{PROBE}</body>'), encoding='utf-8')
+  text = report.render(full).replace('</body>', f'{PROBE}</body>')
+  path.write_text(FRAME.format(width, html.escape(text)), encoding='utf-8')
   command = [
     CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
-    f'--user-data-dir={tmp_path}/profile', f'--window-size={width},900', '--enable-logging=stderr',
+    f'--user-data-dir={tmp_path}/profile', '--window-size=1300,900', '--enable-logging=stderr',
     '--dump-dom', path.as_uri(),
   ]  # fmt: skip
   done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

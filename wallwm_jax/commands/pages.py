@@ -35,7 +35,7 @@ def closed_loop_page(
       delays.setdefault(way, {})[run.delay] = score.success
   reached = progress_reached(main.rollouts.progress, main.kinds)
   loop = Loop(
-    results=dict(zip(names, scores, strict=True)),
+    results={names[0]: scores[0]},
     motion={name: run.motion() for name, run in zip(names, runs, strict=True)},
     delays=delays,
     reached=dict(list(reached.items())[:CURVE_KINDS]),

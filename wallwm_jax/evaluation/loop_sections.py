@@ -70,7 +70,7 @@ def section(title: str, loop: Loop, clips: Sequence[RolloutClip]) -> str:
       'that runs on carries out the chunk before meanwhile and leaves out the steps that have '
       'passed.'
     )
-    blocks.append(page.figure(plots.delay_curves(shown), caption))
+    blocks += [page.figure(plots.delay_curves(shown), caption), _delays(shown)]
   if loop.reached:
     caption = 'Share of attempts that got at least so far through the events of their task.'
     blocks.append(page.figure(plots.progress_steps(loop.reached), caption))
@@ -103,9 +103,7 @@ def _tables(results: Mapping[str, ClosedLoopResult]) -> list[str]:
   progresses: dict[str, list] = {}
   for result in results.values():
     for kind, (success, progress) in _kinds(result).items():
-      successes.setdefault(kind, [kind]).append(
-        f'{100 * success.value:.0f} % ({range_of(success, 100)}) of {success.n}'
-      )
+      successes.setdefault(kind, [kind]).append(_rate(success))
       progresses.setdefault(kind, [kind]).append(f'{progress.value:.0f} ({range_of(progress)})')
   return [
     page.table(('success (95 %) of rollouts', *results), successes.values()),
@@ -131,7 +129,19 @@ def _motion(motion: Mapping[str, Mapping[str, Any]]) -> str:
     for policy, found in motion.items()
     if key in found
   ]
-  return page.table(('motion', 'policy', 'mean', '95 %', 'over'), rows, text=(1,)) if rows else ''
+  return page.table(('motion', 'policy', 'mean', '95 %', 'over'), rows) if rows else ''
+
+
+def _delays(waits: Mapping[str, Mapping[int, Interval]]) -> str:
+  steps = sorted({count for found in waits.values() for count in found})
+  rows = [(count, *(_rate(found.get(count)) for found in waits.values())) for count in steps]
+  return page.table(('control steps of latency', *waits), rows)
+
+
+def _rate(success: Interval | None) -> str:
+  if success is None:
+    return '–'
+  return f'{100 * success.value:.0f} % ({range_of(success, 100)}) of {success.n}'
 
 
 def _attempts(rows: Sequence[Mapping[str, Any]]) -> str:
