@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -46,6 +47,32 @@ except RuntimeError as error:
 else:
   found['refused'] = ''
 print(json.dumps(found))
+"""
+
+# The loop of docs/serving.md, with a robot that notes where it is sent and when it looks.
+DRIVE = """
+import json, sys
+import numpy as np
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+exec(open(sys.argv[2]).read())
+moves, chunks = [], []
+
+def look():
+  image = np.full((16, 16, 3), 10 * len(moves), np.uint8)
+  state = np.float32(moves[-1] if moves else [0, 0, 0, 1, 0, 0, 0, 1, 0, 1])
+  return {'observation/front': image, 'observation/wrist': image, 'observation/state': state,
+          'prompt': 'lift the cube'}
+
+class Noting(WebsocketClientPolicy):
+  def infer(self, request):
+    reply = super().infer(request)
+    chunks.append(reply['actions'].tolist())
+    return reply
+
+policy = Noting('127.0.0.1', int(sys.argv[1]))
+drive(policy, look, lambda target: moves.append(target.tolist()), 0.01, turns=3, delay=2)
+print(json.dumps({'moves': moves, 'chunks': chunks}))
 """
 
 # As wall-x's own client does: msgpack patched, and each message packed and unpacked by it.
@@ -195,3 +222,19 @@ def test_msgpack_numpy_reads_and_writes_the_same_bytes_and_is_answered(cfg, para
   assert set(found['moves']) == {'follow1_pos', 'server_timing'}
   assert found['action'] == ['float32', [8, 10]]
   assert 'state: expected numbers [10], got uint8 [16, 16, 3]' in found['refused']
+
+
+def test_the_loop_of_the_documentation_joins_the_chunks(cfg, params, tmp_path):
+  page = (ROOT / 'docs' / 'serving.md').read_text()
+  (loop,) = [x for x in re.findall(r'```python\n(.*?)```', page, re.S) if 'def drive(' in x]
+  (tmp_path / 'loop.py').write_text(loop)
+  engine = ModelEngine(cfg, params, bucket=2, max_batch=1)
+  with serving(ModelPolicy(engine, encode, resize)) as port:
+    found = published(DRIVE, port, tmp_path / 'loop.py')
+  chunks = np.array(found['chunks'])
+  assert chunks.shape == (4, 8, 10)
+  # 8 steps of the first chunk, then 4 + 2 of the next ones, whose first 2 are those before them.
+  for last, following in zip(chunks, chunks[1:]):
+    np.testing.assert_allclose(following[:2], last[6:], rtol=1e-3, atol=1e-3)
+  moves = np.concatenate([chunks[0], *(chunk[2:] for chunk in chunks[1:3])])
+  np.testing.assert_allclose(found['moves'], moves)
