@@ -139,7 +139,9 @@ def test_attempts_are_scored_by_task(world, there, params, table, window, stride
     metaworld_attempts.episode_seed(0, task, k) for task in ('reach', 'push') for k in (0, 1)
   ]
   assert done.score().by_kind['reach'][0].value == 1 and done.suite['world'] == 'metaworld'
-  assert [film.shape[1] for film in done.films] == [4 * row['turns'] for row in rows]
+  assert [[turn.shape[1] for turn in film] for film in done.films] == [
+    [4] * row['turns'] for row in rows
+  ]
   assert done.fps == pytest.approx(80 / stride)
   scores = {'suite': {'kind': 'closedloop'} | done.suite, 'rows': rows}
   assert {'success', 'steps', 'progress', 'turns'} <= set(compare.compare(scores, scores))

@@ -171,7 +171,7 @@ def test_a_policy_sees_frames_pose_view_mask_rows_and_its_own_clock_only():
            for kind in (Sight, Observation, Mind)}  # fmt: skip
   assert names[Sight] == {'obs', 'instruction', 'script', 'event'}
   assert names[Observation] == {'frames', 'state', 'view_mask'}
-  assert names[Mind] == {'memory', 'step', 'clock'}
+  assert names[Mind] == {'memory', 'step', 'passed'}
 
 
 @pytest.mark.parametrize('source, reads', [
