@@ -163,6 +163,32 @@ def test_too_few_replies_are_an_error_and_the_server_goes_on():
     assert Client(port).infer({'state': np.float32([1])})['actions'][0, 0] == 1
 
 
+class Heavy(EchoPolicy):
+  """Takes its time over the requests of client 13."""
+
+  heavy = True
+
+  def __init__(self):
+    super().__init__(steps=1, dim=1)
+    self.others = threading.Event()
+
+  def check(self, request, memory):
+    if request['state'][0] == 13:
+      assert self.others.wait(10)
+    return super().check(request, memory)
+
+
+def test_a_request_that_is_slow_to_check_delays_nobody():
+  policy = Heavy()
+  with serving(policy) as port:
+    slow, other = Client(port), Client(port)
+    slow.socket.send(wire.encode({'state': np.float32([13])}))
+    for i in range(5):
+      assert other.infer({'state': np.float32([i])})['actions'][0, 0] == i
+    policy.others.set()
+    assert wire.decode(slow.socket.recv(timeout=10))[0]['actions'][0, 0] == 13
+
+
 def test_who_leaves_or_does_not_read_delays_nobody(port):
   gone, deaf, other = Client(port), Client(port), Client(port)
   gone.socket.send(wire.encode({'state': np.zeros(3)}))

@@ -17,6 +17,8 @@ class EchoPolicy:
     steps: K of a reply; dim: A.
   """
 
+  heavy = False
+
   def __init__(self, steps: int = 16, dim: int = 10):
     self._steps, self._dim = steps, dim
     self.metadata = {'protocol': 'openpi', 'policy': 'echo', 'action_dim': dim, 'steps': steps}

@@ -99,6 +99,8 @@ class ModelPolicy:
     ConfigError: keys of other views, or an unknown source.
   """
 
+  heavy = True  # pictures are resized
+
   def __init__(
     self,
     engine: Engine,

@@ -29,6 +29,7 @@ from wallwm_jax.types import DataError, WallWMError
 
 _LOG = logging.getLogger(__name__)
 _MOST = 2**28  # bytes of a frame
+_CHECKS = 4  # requests that are checked side by side
 _GOODBYE = 2.0  # s that a client has to say goodbye
 _CLOSED = 'Internal server error. Traceback included in previous frame.'
 
@@ -38,12 +39,14 @@ class Policy(Protocol):
 
   metadata: what a client is told when it connects. start() -> what a connection remembers.
   check(request, memory) -> work: refuses what cannot be answered (DataError that names the field,
-  what was expected and what came), and notes what the session asks for; runs where frames arrive,
-  so it must be quick. infer(works) -> one reply each, in order; runs in a thread of its own,
+  what was expected and what came), and notes what the session asks for; `heavy` says that it
+  takes more than a moment (it decodes pictures, say): then it runs in one of a few threads, else
+  where frames arrive. infer(works) -> one reply each, in order; runs in a thread of its own,
   and once more for every single work where it fails for several.
   """
 
   metadata: Mapping[str, Any]
+  heavy: bool
 
   def start(self) -> Any: ...
 
@@ -69,6 +72,7 @@ class PolicyServer:
     self._policy, self._address, self._max_batch = policy, (host, port), max_batch
     self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'policy')
+    self._checks = concurrent.futures.ThreadPoolExecutor(_CHECKS, 'check')
     self._server: Server | None = None
     self._worker: asyncio.Task | None = None
 
@@ -89,7 +93,8 @@ class PolicyServer:
     self._server.close()
     await self._server.wait_closed()
     self._worker.cancel()
-    self._thread.shutdown(wait=False, cancel_futures=True)
+    for threads in (self._thread, self._checks):
+      threads.shutdown(wait=False, cancel_futures=True)
 
   @property
   def port(self) -> int:
@@ -124,8 +129,12 @@ class PolicyServer:
       pass  # the client left; nobody waits for an answer
 
   async def _answer(self, request: dict, memory: Any) -> dict:
-    work = self._policy.check(request, memory)
-    waiting = _Waiting(work, asyncio.get_running_loop().create_future())
+    loop, check = asyncio.get_running_loop(), self._policy.check
+    if self._policy.heavy:
+      work = await loop.run_in_executor(self._checks, check, request, memory)
+    else:  # a thread costs as much as all the rest of a small request
+      work = check(request, memory)
+    waiting = _Waiting(work, loop.create_future())
     self._queue.put_nowait(waiting)
     reply = await waiting.reply
     if not isinstance(reply, Mapping):

@@ -68,6 +68,8 @@ class WallX:
     policy: one whose metadata tell its `fields`, `sources` and `action_dim` (ModelPolicy).
   """
 
+  heavy = True  # pictures are decoded
+
   def __init__(self, policy):
     self._policy = policy
     told = policy.metadata
