@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallwm_jax.commands import attempts, tabletop_attempts, worlds
+from wallwm_jax.commands import attempts, pages, tabletop_attempts, worlds
 from wallwm_jax.envs.tabletop import tasks
+from wallwm_jax.evaluation import report
 from wallwm_jax.inference import sources
 from wallwm_jax.inference.language import PlanningTable
 from wallwm_jax.types import (
@@ -102,6 +103,32 @@ def test_attempts_are_scored_by_kind_and_recorded(
   film = np.concatenate(done.films[5], axis=1)
   np.testing.assert_array_equal(film[0, :, 0, 0, 0], np.arange(1, 25))
   assert len(done.films[0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('window', ['event', 'chunk'])
+def test_a_page_shows_predicted_beside_executed_frames_and_delays(
+  world, config, store, params, suite, window
+):
+  data = dataclasses.replace(config.data, window=window, buckets=(2,))
+  chosen = dataclasses.replace(config, data=data)
+  table = attempts.caption_table(config, store, tasks.CAPTIONS)
+  late = [
+    tabletop_attempts.attempt(chosen, params, suite, table, max_steps=24, delay=4, waiting=way)
+    for way in ('hold', 'run')
+  ]
+  assert late[1].rollouts.turns.acted.shape[1] == 6  # 24 // (8 - 4)
+  filmed = tabletop_attempts.attempt(chosen, params, suite, table, max_steps=24, record=True)
+  clips = attempts.clips(filmed, chosen, params, table)
+  assert [clip.success for clip in clips] == [True] * 3 + [False] * 3
+  for clip in clips:
+    assert clip.predicted.shape == clip.frames.shape and clip.predicted.dtype == np.uint8
+  told = pages.closed_loop_page([filmed, *late], clips[:1], chosen, 'tiny')
+  assert {way: list(found) for way, found in told.closed_loop.delays.items()} == {
+    'hold': [0, 4], 'run': [0, 4]
+  }  # fmt: skip
+  text = report.render(told)
+  assert 'robot runs on' in text and 'predicted from the start of each turn' in text
 
 
 @pytest.mark.slow

@@ -28,8 +28,13 @@ def test_train_evaluate_and_export_a_tiny_run(experiment, store, tmp_path, capsy
   )
   assert trained['step'] == 2 and np.isfinite(trained['loss'])
 
-  run('eval', 'openloop', '--workdir', workdir, '--store', store.path, '--json', scores)
+  page = tmp_path / 'page.html'
+  run(
+    'eval', 'openloop', '--workdir', workdir, '--store', store.path, '--json', scores,
+    '--action-steps', '1', '--html', page,
+  )  # fmt: skip
   found = json.loads(scores.read_text())
+  assert list(found['by_action_steps']) == ['1'] and page.read_text().count('<img ') == 2 + 4
   assert {'action_mae', 'action_mae_hold', 'action_mae_mean', 'n'} <= set(found)
   assert found['environment']['jax'] and found['n'] == 8
   assert len(found['rows']) == 8 and found['duration_n'] == 8 and found['image_shuffle_n'] == 8
@@ -38,12 +43,26 @@ def test_train_evaluate_and_export_a_tiny_run(experiment, store, tmp_path, capsy
   assert same['action_mae']['difference'] == 0 and same['action_mae']['n'] == 8
 
   run(
-    'eval', 'video', '--workdir', workdir, '--store', store.path, '--json', scores, '--limit', '2'
-  )
+    'eval', 'video', '--workdir', workdir, '--store', store.path, '--json', scores, '--limit', '2',
+    '--html', page,
+  )  # fmt: skip
   found = json.loads(scores.read_text())
+  assert 'Geometry' not in page.read_text() and found['gripper_px'] == {}  # no calibration
   assert {'psnr_model', 'psnr_copy_last', 'psnr_codec', 'ssim_model', 'psnr_end_model'} <= set(
     found
   )
+
+  run(
+    'eval', 'latency', '--workdir', workdir, '--calls', '2', '--cold', '--json', scores,
+    '--html', page,
+  )  # fmt: skip
+  found = json.loads(scores.read_text())
+  assert len(found['rows']) == 2 and found['peak_memory_mib'] > 0
+  assert set(found['deadline_misses']['whole prediction']) == {'10', '20', '30'}
+  cold = found['cold_start']['empty cache']
+  parts = cold['import_s'] + cold['load_s'] + cold['first_chunk_s']
+  assert cold['total_s'] == pytest.approx(parts) and cold['first_chunk_s'] > 0
+  assert 'warm cache' in page.read_text()
 
   run('export', '--workdir', workdir, '--out', policy, '--bucket', '2')
   assert (policy / 'signature.json').is_file()

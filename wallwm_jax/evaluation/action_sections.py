@@ -87,7 +87,10 @@ def _bars(result: OpenLoopResult) -> list[str]:
       panels[f'{label} [{unit}]' if unit else label] = known
   blocks = []
   if panels:
-    caption = 'Mean error by kind of event, with 95 % intervals bootstrapped over episodes.'
+    caption = (
+      'Mean error by kind of event, with 95 % intervals bootstrapped over episodes (none where all '
+      'events of a kind are of one episode).'
+    )
     blocks.append(page.figure(plots.error_bars(panels), caption))
   rows = [(k, n, f'{m:.3g}', f'{h:.3g}') for k, (m, h, n) in result.by_label.items()]
   table = page.table(('kind', 'events', 'MAE', 'hold still'), rows)
