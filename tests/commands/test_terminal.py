@@ -1,5 +1,7 @@
 """A person at the terminal: numbers, texts, times, mistakes, silence."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,10 @@ def test_mistakes_are_named_and_asked_again(talk, line, message):
 def test_the_list_is_shown_again(talk):
   _, shown, _ = talk('?', '1', turns=1)
   assert sum(line.endswith('lift the puck') for line in shown) == 2
+
+
+def test_only_the_result_goes_to_stdout(monkeypatch, capsys):
+  monkeypatch.setattr('sys.stdin', io.StringIO('2\n'))
+  request = Terminal(CAPTIONS, TABLE, encode, 0.05)(np.int32(0), np.int32(0), np.int32(0))
+  out, err = capsys.readouterr()
+  assert int(request.caption) == 2 and out == '' and 'turn 0, 0.0 s > ' in err

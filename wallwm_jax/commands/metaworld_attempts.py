@@ -110,7 +110,7 @@ def attempt(
     max_steps=max_steps,
     record=record,
   )
-  wanted = processes or min(os.cpu_count() or 1, _MOST_PROCESSES)
+  wanted = min(os.cpu_count() or 1, _MOST_PROCESSES) if processes is None else processes
   run = functools.partial(
     hosted.run_attempts, decide, mind, move=workers.Move, batch=BATCH,
     follows_script=source == 'atomic', progress=progress,

@@ -16,6 +16,16 @@ HELP = (
 )
 
 
+def _show(line: str) -> None:
+  print(line, file=sys.stderr)
+
+
+def _ask(prompt: str) -> str:
+  """A line from stdin; the prompt goes to stderr: stdout is left to the result."""
+  print(prompt, end='', file=sys.stderr, flush=True)
+  return input()
+
+
 class Terminal:
   """Answers in the place of a planner (`sources.human`).
 
@@ -32,8 +42,8 @@ class Terminal:
     table: CaptionTable,
     encode: Callable[[Sequence[str]], Text],
     latent_time: float,
-    read: Callable[[str], str] = input,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    read: Callable[[str], str] = _ask,
+    say: Callable[[str], None] = _show,
   ):
     self._captions, self._table, self._encode = captions, table, encode
     self._latent_time, self._read, self._say = latent_time, read, say
