@@ -90,7 +90,7 @@ def test_text_to_video_has_the_frames_it_was_asked_for(film):
   assert first.shape == (FRAMES, 320, 640, 3)
   assert facts['frames'] == FRAMES and facts['fps'] == 24 and facts['views'] == ['front', 'side']
   assert facts['solver'] == 'unipc' and facts['grid'] == 'wan' and facts['shift'] == 5.0
-  assert 'sampled' in err and '2/2' in err
+  assert 'sampling' in err and '2/2' in err
   again, _, _ = film('--prompt', 'go there')
   np.testing.assert_array_equal(first, again)
   other, _, _ = film('--prompt', 'go there', '--seed', 1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
 import time
 from typing import NamedTuple
 
-from wallwm_jax.commands import settings
+from wallwm_jax.commands import common, settings
 
 FPS = 24.0  # of a video that starts from no recording, as Wan2.2's
 SAMPLING = ('solver', 'grid', 'steps', 'shift', 'guidance')
@@ -234,6 +233,7 @@ def _future(args: argparse.Namespace, config) -> int:
 def _sample(args: argparse.Namespace, config, params, start: Opening, future: int):
   """Latents [1, V, 1 + N, h, w, C] in codec units; progress on stderr."""
   import functools
+  import itertools
 
   import jax
 
@@ -247,9 +247,11 @@ def _sample(args: argparse.Namespace, config, params, start: Opening, future: in
   known = None
   if start.frames is not None:
     known = jax.jit(functools.partial(video.known_latents, cfg=config))(params, start.frames)
-  with _progress(args.steps) as on_step:
+  done = itertools.count(1)
+  with common.progress_bar('sampling') as progress:
     sample = functools.partial(
-      video.generate_video, cfg=config, frames=1 + future, on_step=on_step,
+      video.generate_video, cfg=config, frames=1 + future,
+      on_step=lambda sigma: progress(next(done), args.steps),
       **{name: getattr(args, name) for name in SAMPLING},
     )  # fmt: skip
     latents = jax.jit(sample)(
@@ -258,23 +260,6 @@ def _sample(args: argparse.Namespace, config, params, start: Opening, future: in
     latents.block_until_ready()
     jax.effects_barrier()
   return latents
-
-
-@contextlib.contextmanager
-def _progress(steps: int):
-  """A progress line on stderr while inside; yields the function to call at every step."""
-  import rich.console
-  import rich.progress
-
-  columns = (
-    rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(bar_width=20),
-    rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )  # fmt: skip
-  with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-    task = bar.add_task('compiling', total=steps)
-    yield lambda sigma: bar.update(task, description='sampling', advance=1)
-    bar.update(task, description='sampled')
 
 
 def _decode(config, params, latents, views) -> list:
