@@ -62,7 +62,7 @@ def expected(engine, side_cfg, side_params):
   def speak(name, params, obs, clock, memory):
     source = language.SPEAKERS[name][0](params, table, cfg=side_cfg, fps=FPS)
     zero = jnp.int32(0)
-    return source.speak(TextContext(obs, captions, zero, zero, zero, clock), memory)
+    return source.speak(TextContext(obs, captions, zero, zero[None], zero, zero, clock), memory)
 
   def run(name, seed, turn, clock, memory):
     asked = request(seed)

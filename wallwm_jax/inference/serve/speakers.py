@@ -110,6 +110,6 @@ def _speak(make, params, captions, prompt, obs, memory, clock, anew):
   """(Request, Held); the prompt is the only row of the table, its captions those of the bank."""
   rows = np.arange(len(captions.lengths), dtype=np.int32)
   memory = dataclasses.replace(memory, until=jnp.where(anew, clock, memory.until))
-  nothing = jnp.int32(0)  # the only prompt, and no script
-  context = TextContext(obs, captions, nothing, nothing, nothing, clock)
+  nothing, script = jnp.int32(0), jnp.full(1, sources.NOTHING)  # the only prompt, and no script
+  context = TextContext(obs, captions, nothing, script, nothing, nothing, clock)
   return make(params, PlanningTable(prompt, rows)).speak(context, memory)
