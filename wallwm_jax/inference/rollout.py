@@ -194,11 +194,11 @@ def closed_loop(act: Act, source: Source, env: EnvFns, task, key: PRNGKey,
     sight = Sight(obs, instruction, script, caption)
     known = (waiting.committed(tail, current.state, spec.steps),) if running else ()
     # Nobody is asked about an attempt that is over.
-    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                        jax.eval_shape(decide, sight, mind, noise_key, *known)[:2])
+    rest = ActionChunk(
+        jnp.zeros((spec.steps, *current.state.shape)), jnp.zeros(spec.steps, bool))
     asked, chunk, mind = jax.lax.cond(
-        done, lambda sight, mind: (*rest, mind), lambda *x: decide(*x, noise_key, *known),
-        sight, mind)
+        done, lambda sight, mind: (jnp.int32(0), rest, mind),
+        lambda *x: decide(*x, noise_key, *known), sight, mind)
     if running:
       whole = jnp.sum(chunk.mask, dtype=jnp.int32)
       actions, mask, own, tail = waiting.follow(chunk, tail, current.state)
