@@ -158,7 +158,7 @@ def test_seam_jump_is_the_first_step_over_the_pace():
   acted = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
   jumps = closed_loop.seam_jump(actions, mask, acted)
   assert jumps[0] == pytest.approx(3) and np.isnan(jumps[1]) and jumps[2] == pytest.approx(1)
-  assert np.isnan(closed_loop.seam_jump(0 * actions, mask, acted)).all()
+  assert np.isnan(closed_loop.seam_jump(1e-8 * actions, mask, acted)).all()
   with pytest.raises(DataError, match='expected actions'):
     closed_loop.seam_jump(actions, mask[:2], acted)
 

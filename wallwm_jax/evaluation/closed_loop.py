@@ -13,6 +13,8 @@ from wallwm_jax.evaluation.base import Interval, bootstrap_interval, wilson_inte
 from wallwm_jax.geometry.poses import POSE_WIDTH
 from wallwm_jax.types import DataError
 
+STILL = 1e-5  # m per step: targets that stay within this do not move
+
 
 @dataclasses.dataclass(frozen=True)
 class ClosedLoopResult:
@@ -126,7 +128,7 @@ def seam_jump(actions, mask, acted, moved=None) -> np.ndarray:
       None = the pose they are relative to.
 
   Returns:
-    float64 [n]: mean over an attempt's seams; NaN where it has none, or its targets do not move.
+    float64 [n]: mean over an attempt's seams; NaN where it has none, or its targets do not move (STILL).
 
   Raises:
     DataError: shapes that do not go together.
@@ -151,7 +153,7 @@ def seam_jump(actions, mask, acted, moved=None) -> np.ndarray:
   jumps = np.full(len(actions), np.nan)
   for i in range(len(actions)):
     pace = np.median(steps[i][valid[i]]) if valid[i].any() else 0.0
-    if pace > 0 and seams[i].any():
+    if pace > STILL and seams[i].any():
       jumps[i] = first[i][seams[i]].mean() / pace
   return jumps
 
