@@ -128,7 +128,8 @@ def seam_jump(actions, mask, acted, moved=None) -> np.ndarray:
       None = the pose they are relative to.
 
   Returns:
-    float64 [n]: mean over an attempt's seams; NaN where it has none, or its targets do not move (STILL).
+    float64 [n]: mean over an attempt's seams; NaN where it has none, or its targets do not move by
+      more than STILL.
 
   Raises:
     DataError: shapes that do not go together.
