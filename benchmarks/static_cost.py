@@ -5,9 +5,9 @@ wallwm bench static_cost syrk --topology v5p:2x2x1
 wallwm bench static_cost syrk --topology v6e:2x2 --case 3072x3072_c --json syrk.json
 
 Every instruction takes the longer of its simulated cycles and its bytes over the bandwidth of the
-memory; asynchronous copies take nothing, but a program no less than all its bytes do. Loops count as
-often as they run. Where the simulation gives up on one of XLA's instructions, its bytes alone count,
-so XLA is never made slower than it is. A kernel without a simulation is an error.
+memory; asynchronous copies take nothing, but a program no less than all its bytes do. Loops count
+as often as they run. Where the simulation gives up on one of XLA's instructions, its bytes alone
+count, so XLA is never made slower than it is. A kernel without a simulation is an error.
 """
 
 from __future__ import annotations
