@@ -23,6 +23,7 @@ import time
 import harness
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import optax
 import optax.contrib
 import static_cost
@@ -149,7 +150,7 @@ def estimate(case: Case, optimizers, path: str | None) -> None:
   for name in optimizers:
     start = time.process_time()
     compiled = case.compile(name)
-    seconds = functools.partial(kernel_seconds, topology=case.topology, chip=chip)
+    seconds = functools.partial(kernel_seconds, topology=case.topology)
     cost = hlo.cost(compiled.as_text(), chip, seconds)
     memory = compiled.memory_analysis()
     wire = cost.wire_bytes()
@@ -253,16 +254,13 @@ def plot(image: str, *files: str) -> None:
   figure.savefig(image, dpi=150)
 
 
-def kernel_seconds(op: hlo.Instruction, *, topology: str, chip: hlo.Chip) -> float:
+def kernel_seconds(op: hlo.Instruction, *, topology: str) -> float:
   """Bundle-level estimate of a syrk kernel, at least the time its bytes take."""
-  m, k, epilogue = re.search(r'syrk_(\d+)x(\d+)(_c)?', op.name).groups()
-  m, k = int(m), int(k)
-  generation = topology.split(':')[0]
-  smallest = {'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}[generation]
-  cycles = static_cost.kernel_cycles(smallest, m, k, bool(epilogue))
-  nbytes = static_cost.kernel_bytes(m, k, bool(epilogue), smallest)
-  matrices = op.result[0] // (2 * m * m)
-  return matrices * max(cycles / chip.clock_hz, nbytes / chip.hbm_bytes_per_s)
+  case, m = re.search(r'syrk_((\d+)x\d+(?:_c)?)', op.name).groups()
+  smallest = {'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}[topology.split(':')[0]]
+  matrices = op.result[0] // (2 * int(m) ** 2)
+  one = static_cost.estimate('syrk', case, kernel_cases.KERNEL, smallest)
+  return matrices * one.us / 1e6
 
 
 def compare_on_cpu(rounds: int, path: str | None) -> None:

@@ -1,13 +1,19 @@
-"""The symmetric-product kernel (`kernels/syrk`) against XLA's matmul on a TPU that is not there:
-cycles of the TPU compiler's simulation of its own schedules, a static estimate, not a measurement.
+"""Kernels against the best that XLA makes of the same work, on a TPU that is not there: the TPU
+compiler simulates its own schedules. A static estimate, not a measurement; one JSON line per case.
 
-wallwm bench static_cost --topology v5p:2x2x1 --m 3072 --k 3072 --epilogue
+wallwm bench static_cost syrk --topology v5p:2x2x1
+wallwm bench static_cost syrk --topology v6e:2x2 --case 3072x3072_c
+
+Every instruction takes the longer of its simulated cycles and its bytes over the bandwidth of the
+memory; asynchronous copies take nothing, but a program no less than all its bytes do. Loops count
+as often as they run. Where the simulation gives up on one of XLA's instructions, its bytes alone
+count, so XLA is never made slower than it is. A kernel without a simulation is an error.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -18,164 +24,184 @@ import tempfile
 
 import harness
 import jax
-import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from wallwm_jax.kernels.syrk import pallas_tpu, xla
-from wallwm_jax.parallel import aot
-from wallwm_jax.types import WallWMError
+from wallwm_jax.parallel import aot, hlo
+from wallwm_jax.types import ConfigError, WallWMError
 
-# Simulation runs at some 40,000 cycles a second.
+# The simulation runs at some 40,000 cycles a second, in seconds for most cases.
 _TIMEOUT_S = 580
-_SIMULATED = re.compile(r'"bundle_analysis_data":\{"estimated_cycles":"(\d+)"')
-_MODELLED = re.compile(r'"window_config":\{[^}]*?"estimated_cycles":"(\d+)"')
+_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Of one unit of a program.
+
+  us: microseconds. cycles: simulated ones. modelled_us: by XLA's own cost model, where it has one
+  for everything (it has none for Pallas kernels). bytes: that cross the memory. given_up:
+  instructions that the simulation gave up on. vmem: most bytes that one kernel takes of the core's
+  own memory.
+  """
+
+  us: float
+  cycles: float
+  modelled_us: float | None
+  bytes: float
+  given_up: int
+  vmem: int
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument('op', choices=kernel_cases.ops(), help='a kernel with cases')
   parser.add_argument('--topology', default='v5p:2x2x1', help='v5p:2x2x1 or v6e:2x2')
-  parser.add_argument('--m', type=int, default=3072, help='rows of the factor')
-  parser.add_argument('--k', type=int, default=3072, help='its columns, which are summed over')
-  parser.add_argument('--epilogue', action='store_true', help='alpha a a^T + beta c')
-  parser.add_argument('--json', metavar='OUT', help='also write the JSON line to this file')
-  parser.add_argument('--worker', choices=_PROGRAMS, help=argparse.SUPPRESS)
+  parser.add_argument('--case', action='append', help='only this one; may be given several times')
+  parser.add_argument('--worker', metavar='PROGRAM', help=argparse.SUPPRESS)
   args = parser.parse_args()
-  case = (args.topology, args.m, args.k, args.epilogue)
   if args.worker:
-    print(json.dumps(_compile(args.worker, *case)))
+    print(json.dumps(_compile(args.op, args.case[0], args.worker, args.topology)))
     return
   jax.config.update('jax_platforms', 'cpu')  # nothing runs; do not look for a TPU
-  report(*case, path=args.json)
+  for name in args.case or kernel_cases.load(args.op).NAMES:
+    report(args.op, name, args.topology)
 
 
-def report(topology: str, m: int, k: int, epilogue: bool, path: str | None = None) -> None:
-  """Kernel against XLA, one JSON line."""
+def report(op: str, name: str, topology: str) -> None:
+  """One case: the kernel, every other formulation, and the ratio to the best of those."""
   chip = aot.chip(topology)
-  kernel = kernel_cycles(topology, m, k, epilogue)
-  nbytes = kernel_bytes(m, k, epilogue, topology)
-  simulated, modelled = xla_cycles(topology, m, k, epilogue)
-  full = simulated or modelled
-  bytes_s = nbytes / chip.hbm_bytes_per_s
+  with tracing_for(topology):
+    case = kernel_cases.load(op).case(name)
+  found = {program: estimate(op, name, program, topology) for program in case.programs}
+  kernel = found.pop(kernel_cases.KERNEL)
+  best = min(found, key=lambda program: found[program].us)
   harness.report(
-    f'syrk kernel / XLA matmul, {m} x {k} bfloat16, static cycles of the compiler',
+    f'{op} {name}: kernel / best of XLA, static estimate of the TPU compiler',
     'ratio',
     1,
-    path=path,
     topology=topology,
-    epilogue=epilogue,
-    ratio=kernel / full,
-    ratio_with_bytes=max(kernel, bytes_s * chip.clock_hz) / full,
-    kernel_cycles=kernel,
-    kernel_us=1e6 * max(kernel / chip.clock_hz, bytes_s),
-    kernel_bytes_us=1e6 * bytes_s,
-    xla_cycles=simulated,
-    xla_window_cycles=modelled,
-    xla_us=1e6 * full / chip.clock_hz,
-    compared_with='xla_cycles' if simulated else 'xla_window_cycles',
+    value=kernel.us / found[best].us,
+    best=best,
+    ideal_us=1e6 * case.ideal_bytes / chip.hbm_bytes_per_s,
+    kernel=dataclasses.asdict(kernel),
+    xla={program: dataclasses.asdict(found[program]) for program in found},
   )
 
 
 @functools.cache
-def kernel_cycles(topology: str, m: int, k: int, epilogue: bool) -> int:
-  """Simulated cycles of one [m, k] product by the kernel; takes seconds, in a process of its own.
+def estimate(op: str, case: str, program: str, topology: str) -> Estimate:
+  """Of one program, in a process of its own: libtpu reads its flags only once.
 
   Raises:
-    WallWMError: the kernel does not take this size, or the compiler did not simulate it.
+    WallWMError: it does not compile, or the compiler did not simulate a kernel of it.
   """
-  with _tracing_for(topology):
-    taken = pallas_tpu.supports(jax.ShapeDtypeStruct((m, k), jnp.bfloat16))
-  if not taken:
-    raise WallWMError(f'static_cost: the syrk kernel does not take {m} x {k} on {topology}.')
-  simulated, _ = _measure('kernel', topology, m, k, epilogue)
-  if not simulated:
-    raise WallWMError(f'static_cost: no simulation of the {m} x {k} kernel on {topology}.')
-  return simulated
+  for simulate in (True, False):  # the simulation aborts the process on some instructions
+    answer, log = _spawn(op, case, program, topology, simulate)
+    if answer is not None:
+      return Estimate(**answer)
+  raise WallWMError(f'static_cost: no estimate of {op} {case}, {program!r}: {log[-2000:]}')
 
 
-def kernel_bytes(m: int, k: int, epilogue: bool, topology: str = 'v5p:2x2x1') -> int:
-  """Bytes the kernel reads and writes: both factors of every block pair, c, and the result."""
-  with _tracing_for(topology):
-    side, _ = pallas_tpu._tiles(m, k, epilogue=epilogue)
-  pairs = pallas_tpu._pairs(m // side).shape[1]
-  return 2 * (pairs * side * (2 * k + side * epilogue) + m * m)
-
-
-@functools.cache
-def xla_cycles(topology: str, m: int, k: int, epilogue: bool) -> tuple[int | None, int]:
-  """(simulated, modelled) cycles of the best plain XLA program for the same result.
-
-  The simulation aborts on some fusions; it is None then, and XLA's own cost model is left.
-  """
-  programs = ('xla_fused', 'xla_two_passes') if epilogue else ('xla_fused',)
-  found = [_measure(program, topology, m, k, epilogue) for program in programs]
-  return min(found, key=lambda cycles: cycles[0] or cycles[1])
-
-
-def _measure(program: str, *case) -> tuple[int | None, int | None]:
-  """(simulated, modelled) cycles; without the simulation where it does not survive."""
-  for simulate in (True, False):
-    result, log = _spawn(program, *case, simulate=simulate)
-    if result is not None:
-      return tuple(result)
-  raise WallWMError(f'static_cost: {program} {case} did not compile: {log[-2000:]}')
-
-
-def _spawn(program: str, topology: str, m: int, k: int, epilogue: bool, *, simulate: bool):
-  """([simulated, modelled] or None, log) of a fresh process: libtpu reads its flags only once."""
-  command = [sys.executable, __file__, '--worker', program, '--topology', topology]
-  command += ['--m', str(m), '--k', str(k), *(['--epilogue'] if epilogue else [])]
+def _spawn(op: str, case: str, program: str, topology: str, simulate: bool):
+  """(fields of the estimate or None, log) of a fresh process."""
+  command = [sys.executable, __file__, op, '--case', case, '--topology', topology]
   with tempfile.TemporaryDirectory() as folder:
     env = os.environ | {'JAX_PLATFORMS': 'cpu'}
     if simulate:
       env['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
     try:
       done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-      )
+        [*command, '--worker', program],
+        env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+      )  # fmt: skip
     except subprocess.TimeoutExpired:
       return None, f'longer than {_TIMEOUT_S} s'
   return (json.loads(done.stdout) if done.returncode == 0 else None), done.stderr
 
 
-def _compile(program: str, topology: str, m: int, k: int, epilogue: bool) -> list[int | None]:
-  sharding = SingleDeviceSharding(aot.tpu_devices(topology)[0])
-  shapes = [((m, k), jnp.bfloat16), ((m, m), jnp.bfloat16), ((1, 1), jnp.float32)]
-  a, c, scale = (jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in shapes)
-  with _tracing_for(topology):
-    lowered = jax.jit(_PROGRAMS[program]).lower(a, c if epilogue else None, scale, scale)
+def _compile(op: str, name: str, program: str, topology: str) -> dict:
+  with tracing_for(topology):
+    case = kernel_cases.load(op).case(name)
+    sharding = SingleDeviceSharding(aot.tpu_devices(topology)[0])
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    operands = jax.tree.map(lambda spec: place(spec.shape, spec.dtype), case.operands)
+    lowered = jax.jit(case.programs[program]).lower(*operands)
     text = aot.compile_for_tpu(lowered).as_text()
-  # the scalars' own little programs are no part of the product
-  lines = [x for x in text.splitlines() if f'[{m},{m}]' in x.split(' = ')[-1].split('(')[0]]
-  simulated, modelled = (
-    [int(x) for x in pattern.findall('\n'.join(lines))] for pattern in (_SIMULATED, _MODELLED)
-  )
-  complete = simulated and all(simulated) and len(simulated) >= len(modelled)
-  return [sum(simulated) if complete else None, sum(modelled) or None]
+  total = _Total(text, aot.chip(topology), case.kernel_bytes)
+  if program == kernel_cases.KERNEL and not total.kernels:
+    raise ConfigError(f'{op} {name}: expected a Pallas kernel in the program, found none.')
+  return dataclasses.asdict(total.estimate(case.units))
 
 
-def _tracing_for(topology: str) -> contextlib.AbstractContextManager:
-  """The kernel asks the mesh in context for the kind of chip."""
+def tracing_for(topology: str):
+  """Kernels ask the mesh in context for the kind of chip."""
   mesh = Mesh(np.array(aot.tpu_devices(topology)[:1]), ('one',))
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def _kernel(a, c, alpha, beta):
-  return pallas_tpu.syrk(a, a, c, alpha, beta)
+class _Total:
+  """The instructions of a compiled program, end to end on one core complex."""
 
+  def __init__(self, text: str, chip: hlo.Chip, kernel_bytes):
+    self.computations, entry = hlo.parse(text)
+    self.traffic = hlo.Traffic(self.computations)
+    self.chip, self.kernel_bytes = chip, kernel_bytes
+    self.seconds = self.modelled = self.cycles = self.bytes = 0.0
+    self.given_up = self.kernels = self.vmem = 0
+    self._run(entry, 1)
 
-def _fused(a, c, alpha, beta):
-  return xla.syrk(a, a, c, 1.0 if c is None else alpha, beta)
+  def estimate(self, units: int) -> Estimate:
+    least = self.bytes / self.chip.hbm_bytes_per_s
+    us, modelled = (1e6 * max(x, least) / units for x in (self.seconds, self.modelled))
+    return Estimate(
+      us, self.cycles / units, None if self.kernels else modelled, self.bytes / units,
+      self.given_up, self.vmem,
+    )  # fmt: skip
 
+  def _run(self, name: str, times: int) -> None:
+    computation = self.computations[name]
+    made = {op.name: op for op in computation}
+    for op in computation:
+      if op.opcode == 'while':
+        body, trips = hlo.loop(self.computations, op)
+        self._run(body, times * trips)
+      elif op.opcode in ('call', 'conditional'):
+        for called in op.called:
+          self._run(called, times)
+      else:
+        self._add(op, made, times)
 
-def _two_passes(a, c, alpha, beta):
-  product = jax.lax.optimization_barrier(xla.syrk(a, a, None, 1.0, beta))
-  return (alpha * product.astype(jnp.float32) + beta * c.astype(jnp.float32)).astype(a.dtype)
+  def _add(self, op: hlo.Instruction, made: dict[str, hlo.Instruction], times: int) -> None:
+    kernel = op.opcode == 'custom-call' and 'tpu_custom_call' in op.text
+    if kernel:
+      self.kernels += 1
+      moved = self._bytes_of_kernel(op)
+      vmem = _VMEM.search(op.text)
+      self.vmem = max(self.vmem, int(vmem.group(1)) if vmem else 0)
+      if not op.simulated:
+        raise WallWMError(f'{op.name}: the compiler did not simulate this kernel.')
+    else:
+      moved = self.traffic.of(op, made)
+    beside = op.opcode == 'copy-start'
+    by_bytes = 0.0 if beside else moved / self.chip.hbm_bytes_per_s
+    modelled = (op.cycles or 0) / self.chip.clock_hz
+    self.given_up += bool(op.cycles) and not op.simulated
+    self.seconds += times * max((op.simulated or 0) / self.chip.clock_hz, by_bytes)
+    self.modelled += times * max(modelled, by_bytes)
+    self.cycles += times * (op.simulated or 0)
+    self.bytes += times * moved
 
-
-_PROGRAMS = {'kernel': _kernel, 'xla_fused': _fused, 'xla_two_passes': _two_passes}
+  def _bytes_of_kernel(self, op: hlo.Instruction) -> float:
+    for prefix, moved in self.kernel_bytes.items():
+      if op.name.startswith(prefix):
+        return moved
+    raise WallWMError(
+      f'{op.name}: expected kernels named {sorted(self.kernel_bytes)} (Case.kernel_bytes).'
+    )
 
 
 if __name__ == '__main__':

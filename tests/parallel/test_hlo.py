@@ -45,6 +45,61 @@ def test_result_sizes_and_operands_are_read():
   assert instruction.called == ('fused',)
 
 
+def test_simulated_cycles_are_kept_apart_and_0_means_none():
+  text = op('a', 'f32[4]{0} fusion(%p), kind=kLoop, calls=%f', 10)
+  simulated = text.replace('{"window', '{"bundle_analysis_data":{"estimated_cycles":"7"},"window')
+  for line, expected in (
+    (text, (10, None)),
+    (simulated, (10, 7)),
+    (simulated.replace('"7"', '"0"'), (10, None)),
+  ):
+    (instruction,) = hlo.parse(program(line))[0]['main']
+    assert (instruction.cycles, instruction.simulated) == expected
+
+
+SLICED = """%fused (x: f32[4,8], i: s32[]) -> f32[1,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = f32[1,8]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,8}
+}
+
+%updated (x: f32[4,8], u: f32[1,8], i: s32[]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %u = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %d = f32[4,8]{1,0} dynamic-update-slice(%x, %u, %i, %i)
+}
+
+%outer (x: f32[4,8], i: s32[]) -> f32[1,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %inner = f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+"""
+STACK = op('x', 'f32[4,8]{1,0:T(8,128)} parameter(0)')
+INDEX = op('i', 's32[]{:T(128)S(6)} parameter(1)')
+
+
+@pytest.mark.parametrize(
+  'instruction, moved',
+  [
+    ('f32[4,8]{1,0:T(8,128)} copy(%x)', 256),
+    ('f32[4,8]{1,0:T(8,128)S(1)} copy(%x)', 128),  # into the core
+    ('f32[4,8]{1,0} bitcast(%x)', 0),
+    ('f32[1,8]{1,0} dynamic-slice(%x, %i, %i)', 64),
+    ('f32[1,8]{1,0:S(1)} fusion(%x, %i), kind=kLoop, calls=%fused', 32),
+    ('f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer', 64),
+    ('f32[4,8]{1,0} fusion(%x, %u, %i), kind=kLoop, calls=%updated', 64),
+    ('(f32[4,8]{1,0:S(1)}, f32[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x)', 128),
+  ],
+)
+def test_bytes_of_memory_count_slices_and_not_the_core(instruction, moved):
+  lines = [STACK, INDEX, op('u', 'f32[1,8]{1,0} parameter(2)'), op('it', instruction)]
+  computations, entry = hlo.parse(program(*lines, others=SLICED))
+  made = {x.name: x for x in computations[entry]}
+  assert hlo.Traffic(computations).of(made['it'], made) == moved
+
+
 GROUPS = 'replica_groups={{0,1,2,3},{4,5,6,7}}'
 
 

@@ -24,22 +24,34 @@ _BYTES = {
   'pred': 1, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
   'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8,
 }  # fmt: skip
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+_FREE = (
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'copy-done',
+)  # fmt: skip
 _CONTEXT_BYTES = 4  # scalars in the result of an asynchronous start
 _INSTRUCTION = re.compile(r'^\s*(ROOT )?%([\w.\-]+) = (.*)$')
 _OPCODE = re.compile(r'^((?:\([^=]*?\)|\S+)) ([a-z][\w\-]*)\(')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+_SIMULATED = re.compile(r'"bundle_analysis_data":\{"estimated_cycles":"(\d+)"')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a computation. result: bytes of each array of its result, in order."""
+  """One line of a computation.
+
+  result: bytes of each array of its result, in order. hbm: the same, 0 for those that the compiler
+  keeps in a memory of the core (VMEM). cycles: XLA's own estimate; simulated: that of the bundle
+  simulation, where it was asked for (`LIBTPU_INIT_ARGS`) and succeeded.
+  """
 
   name: str
   opcode: str
   result: tuple[int, ...]
+  hbm: tuple[int, ...]
   operands: tuple[str, ...]
   called: tuple[str, ...]
   cycles: int | None
+  simulated: int | None
   text: str
 
 
@@ -144,9 +156,8 @@ class _Replay:
 
   def _step(self, op: Instruction, times: int) -> None:
     if op.opcode == 'while':
-      body, condition = (re.search(rf'{k}=%([\w.\-]+)', op.text).group(1)
-                         for k in ('body', 'condition'))  # fmt: skip
-      self.run(body, times * self._trips(op, condition))
+      body, trips = loop(self.computations, op)
+      self.run(body, times * trips)
       return
     if op.opcode in ('call', 'conditional'):
       for called in op.called:
@@ -202,37 +213,112 @@ class _Replay:
       return self.kernel_seconds(op)
     return (op.cycles or 0) / self.chip.clock_hz
 
-  def _trips(self, op: Instruction, condition: str) -> int:
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.text)
-    if known:
-      return int(known.group(1))
-    constants = [
-      int(m.group(1))
-      for inner in self.computations[condition]
-      if (m := re.search(r's32\[\]\S* constant\((\d+)\)', inner.text))
-    ]
-    if len(constants) != 1:
-      raise WallWMError(f'{op.name}: expected one constant in its condition, got {constants}.')
-    return constants[0]
+
+def loop(computations: dict[str, list[Instruction]], op: Instruction) -> tuple[str, int]:
+  """(name of the body, how often it runs) of a `while`.
+
+  Raises:
+    WallWMError: the number is not known.
+  """
+  body, condition = (
+    re.search(rf'{k}=%([\w.\-]+)', op.text).group(1) for k in ('body', 'condition')
+  )
+  known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.text)
+  if known:
+    return body, int(known.group(1))
+  constants = [
+    int(m.group(1))
+    for inner in computations[condition]
+    if (m := re.search(r's32\[\]\S* constant\((\d+)\)', inner.text))
+  ]
+  if len(constants) != 1:
+    raise WallWMError(f'{op.name}: expected one constant in its condition, got {constants}.')
+  return body, constants[0]
+
+
+class Traffic:
+  """Bytes that the instructions of a compiled program move through the memory of the device."""
+
+  def __init__(self, computations: dict[str, list[Instruction]]):
+    self._computations = computations
+    self._known: dict[str, tuple[dict[int, int], int]] = {}
+
+  def of(self, op: Instruction, made: dict[str, Instruction]) -> int:
+    """Bytes that one run of `op` reads and writes: of a slice of an array, or an update in place,
+    those of the slice. What the compiler keeps in the core counts nothing.
+
+    Args:
+      made: the instructions of its computation by name.
+    """
+    if op.opcode in _FREE:
+      return 0
+    if op.opcode == 'copy-start':  # (destination, source, context)
+      return sum(op.hbm[:2])
+    reads = [sum(made[name].hbm) if name in made else 0 for name in op.operands]
+    if op.opcode in _SLICES:
+      return min(reads[0], sum(op.result)) + sum(op.hbm)
+    if op.opcode == 'dynamic-update-slice':
+      return 2 * sum(made[op.operands[1]].result)
+    saved = 0
+    for called in op.called if op.opcode == 'fusion' else ():
+      parts, saved = self._parts(called)
+      reads = [min(size, parts.get(at, size)) for at, size in enumerate(reads)]
+    return sum(reads) + max(0, sum(op.hbm) - saved)
+
+  def _parts(self, name: str) -> tuple[dict[int, int], int]:
+    """({parameter: bytes that are read}, of parameters that only slices are read of; bytes of its
+    results that are old contents of arrays updated in place) of a fused computation."""
+    if name in self._known:
+      return self._known[name]
+    body = self._computations[name]
+    made = {op.name: op for op in body}
+    users = collections.defaultdict(list)
+    for op in body:
+      for at, operand in enumerate(op.operands):
+        users[operand].append((op, at))
+    reads, saved = {}, 0
+    for op in body:
+      if op.opcode == 'dynamic-update-slice':
+        saved += sum(op.result) - sum(made[op.operands[1]].result)
+      if op.opcode == 'parameter':
+        parts = [self._part(user, at) for user, at in users[op.name]]
+        if None not in parts:
+          reads[int(re.search(r'parameter\((\d+)\)', op.text).group(1))] = sum(parts)
+    self._known[name] = reads, saved
+    return reads, saved
+
+  def _part(self, user: Instruction, at: int) -> int | None:
+    """Bytes that `user` reads of its operand number `at`, None for all of it."""
+    if user.opcode in _SLICES and at == 0:
+      return sum(user.result)
+    if user.opcode == 'dynamic-update-slice' and at == 0:
+      return 0
+    if user.opcode == 'fusion':
+      return self._parts(user.called[0])[0].get(at)
+    return None
 
 
 def _instruction(name: str, rest: str) -> Instruction:
   match = _OPCODE.match(rest)
   shape, opcode = match.groups() if match else ('', 'unknown')
+  found = _ARRAY.findall(shape)
   arrays = tuple(
-    _BYTES.get(kind, 0) * math.prod(int(d) for d in dims.split(',') if d)
-    for kind, dims in _ARRAY.findall(shape)
+    _BYTES.get(kind, 0) * math.prod(int(d) for d in dims.split(',') if d) for kind, dims, _ in found
   )
+  hbm = tuple(0 if 'S(' in layout else n for n, (*_, layout) in zip(arrays, found, strict=True))
   arguments = rest[match.end() :].split(')', 1)[0] if match else ''
-  cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+  simulated = _SIMULATED.search(rest)
+  cycles = re.search(r'"estimated_cycles":"(\d+)"', _SIMULATED.sub('', rest))
   called = re.search(r'(?:calls|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)', rest)
   return Instruction(
     name,
     opcode,
     arrays,
+    hbm,
     tuple(re.findall(r'%([\w.\-]+)', arguments)),
     tuple(re.findall(r'%([\w.\-]+)', called.group(1))) if called else (),
     int(cycles.group(1)) if cycles else None,
+    (int(simulated.group(1)) or None) if simulated else None,  # 0: the simulation gave up
     rest,
   )
 
