@@ -49,7 +49,7 @@ def cached_attention(
       also sees the new tokens 0..s of its own batch row.
     scales: float32 [Bk, Hkv * D] or [L, Bk, Hkv * D], what int8 keys and values are multiplied by.
     implementation: a backend by name. None takes the TPU kernel in programs for a single TPU (or
-      inside `shard_map`) when it supports the call, XLA otherwise; the GPU kernel runs by name only.
+      inside `shard_map`) if it supports the call, else XLA; the GPU kernel runs by name only.
 
   Returns:
     [B, S, Hq, D], dtype of q. A query that sees nothing (length 0, no latents) gets 0.

@@ -9,7 +9,6 @@ head's softmax would leave the matrix units idle.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import jax
