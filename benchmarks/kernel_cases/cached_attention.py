@@ -103,14 +103,12 @@ def _heads_split(x, cache, heads_first, scales):
 
 def _staircase(slots: int, latents: int) -> Case:
   heads, group, dim = 4, 4, 256
-  q = _spec(1, latents, heads * group, dim)
+  q = _spec(1, latents, heads * group * dim)
   cache = (_spec(1, slots, heads * dim),) * 2
   new = (_spec(1, latents, heads * dim),) * 2
   programs = {
-    KERNEL: lambda q, cache, new: cached_attention(
-      q, *cache, latents=new, implementation=_kernel()
-    ),
-    'xla': lambda q, cache, new: cached_attention(q, *cache, latents=new, implementation='xla'),
+    KERNEL: functools.partial(_two_sources, _kernel()),
+    'xla': functools.partial(_two_sources, 'xla'),
     'xla, one softmax': _one_softmax,
     'xla, heads repeated': _heads_repeated,
   }
@@ -118,20 +116,26 @@ def _staircase(slots: int, latents: int) -> Case:
   return Case(programs, (q, cache, new), {'cached_attention': moved}, moved)
 
 
-def _joined(cache, new, heads):
+def _two_sources(implementation, q, cache, new):
+  heads = q.reshape(*q.shape[:2], 16, -1)
+  out = cached_attention(heads, *cache, latents=new, implementation=implementation)
+  return out.reshape(q.shape)
+
+
+def _joined(cache, new):
   k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, new, strict=True))
   latents = new[0].shape[1]
   cached = jnp.ones((latents, cache[0].shape[1]), bool)
   mask = jnp.concatenate([cached, jnp.tril(jnp.ones((latents, latents), bool))], 1)
-  return *(x.reshape(*x.shape[:2], heads, -1) for x in (k, v)), mask
+  return *(x.reshape(*x.shape[:2], 4, -1) for x in (k, v)), mask
 
 
 def _one_softmax(q, cache, new):
   """New tokens are appended to the cache."""
-  k, v, mask = _joined(cache, new, 4)
+  k, v, mask = _joined(cache, new)
   grouped = q.reshape(*q.shape[:2], 4, 4, -1)
   scores = jnp.einsum('bshgd,bnhd->bhgsn', grouped, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf))
+  weights = jax.nn.softmax(jnp.where(mask, scores * k.shape[-1] ** -0.5, -jnp.inf))
   out = jnp.einsum(
     'bhgsn,bnhd->bshgd', weights.astype(q.dtype), v, preferred_element_type=jnp.float32
   )
@@ -139,6 +143,7 @@ def _one_softmax(q, cache, new):
 
 
 def _heads_repeated(q, cache, new):
-  k, v, mask = _joined(cache, new, 4)
+  k, v, mask = _joined(cache, new)
   k, v = (jnp.repeat(x, 4, 2) for x in (k, v))
-  return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+  heads = q.reshape(*q.shape[:2], 16, -1)
+  return jax.nn.dot_product_attention(heads, k, v, mask=mask[None, None]).reshape(q.shape)

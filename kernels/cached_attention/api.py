@@ -65,23 +65,24 @@ def cached_attention(
     scales = None if scales is None else tuple(x[None] for x in scales)
   layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
   lengths = None if lengths is None else lengths.astype(jnp.int32)
-  q = rows.fold(q)
+  shape, q = q.shape, q.reshape(rows.batch, rows.tokens, -1)
   if latents is not None:
-    latents = tuple(x.reshape(rows.batch, -1, x.shape[-1]) for x in latents)
+    latents = tuple(x.reshape(rows.batch, rows.tokens, -1) for x in latents)
   if scales is not None:
     # Per channel they need not touch the cache: q takes those of k, the result those of v.
     key_scale, value_scale = (
       jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)[:, None] for x in scales
     )
-    q = (q * key_scale).astype(q.dtype)
+    of_queries = functools.partial(_of_query_heads, rows)
+    q = (q * of_queries(key_scale)).astype(q.dtype)
     if latents is not None:
       latents = tuple(
         (x / s).astype(x.dtype) for x, s in zip(latents, (key_scale, value_scale), strict=True)
       )
   out = _run(implementation, rows, q, k, v, lengths, layer, latents)
   if scales is not None:
-    out = (out * value_scale).astype(q.dtype)
-  return rows.unfold(out)
+    out = (out * of_queries(value_scale)).astype(q.dtype)
+  return out.reshape(shape)
 
 
 def quantise(x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -144,6 +145,13 @@ def _backward(implementation, rows, operands, out):
 
 
 _kernel.defvjp(_forward, _backward)
+
+
+def _of_query_heads(rows: Rows, scale):
+  """[Bk, 1, Hkv * D] for the query heads that read each cached head, [Bk, 1, Hq * D]."""
+  scale = scale.reshape(rows.batch, 1, rows.heads, 1, rows.dim)
+  shape = (rows.batch, 1, rows.heads, rows.group, rows.dim)
+  return jnp.broadcast_to(scale, shape).reshape(rows.batch, 1, -1)
 
 
 def _on_one_device() -> bool:

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -21,7 +22,8 @@ _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def cached_attention(rows: Rows, q, k, v, lengths, layer, latents, interpret=False):
-  """See `api.cached_attention`; q and the result are folded, the cache is stacked.
+  """See `api.cached_attention`; q and the result are laid out as `Rows` says, the cache is
+  stacked.
 
   Raises:
     NotImplementedError: heads whose width is no power of two, or too many rows.
@@ -77,24 +79,25 @@ def cached_attention(rows: Rows, q, k, v, lengths, layer, latents, interpret=Fal
     shape = jax.ShapeDtypeStruct((batch, rows.heads, splits, *tail), jnp.float32)
     return pl.BlockSpec(block, lambda *at: (*at, *(0,) * len(tail))), shape
 
-  parts = [part(tall, dim), part(tall), part(tall)]
-  q_padded = jnp.pad(q, ((0, 0), (0, tall - rows.count), (0, 0)))
-  sums, peaks, totals = pl.pallas_call(
+  parted = [part(tall, dim), part(tall), part(tall)]
+  q = q.reshape(batch, rows.tokens, rows.heads, rows.group, dim)
+  q = jnp.moveaxis(q, 3, 1).reshape(batch, rows.count, -1)  # rows (member of the group, token)
+  parts = pl.pallas_call(
     body,
     grid=(batch, rows.heads, splits),
-    out_specs=[spec for spec, _ in parts],
-    out_shape=[shape for _, shape in parts],
+    out_specs=[spec for spec, _ in parted],
+    out_shape=[shape for _, shape in parted],
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
     interpret=interpret,
     name=f'cached_attention_{rows.count}x{slots}',
-  )(layer[None], lengths, q_padded, k, v)
+  )(layer[None], lengths, jnp.pad(q, ((0, 0), (0, tall - rows.count), (0, 0))), k, v)
+  parts = [x[:, :, :, : rows.count] for x in parts]
   if latents is not None:
-    new = [x[:, :, None, : rows.count] for x in _new_tokens(rows, q, latents, scale)]
-    sums, peaks, totals = (
-      jnp.concatenate([x[:, :, :, : rows.count], y], 2)
-      for x, y in zip((sums, peaks, totals), new, strict=True)
-    )
-  return _merge(sums[:, :, :, : rows.count], peaks[..., : rows.count], totals[..., : rows.count], q)
+    new = _new_tokens(rows, q, latents, scale)
+    parts = [jnp.concatenate([x, y[:, :, None]], 2) for x, y in zip(parts, new, strict=True)]
+  out = _merge(*parts).astype(q.dtype)  # [Bk, heads, R, D]
+  out = out.reshape(batch, rows.heads, rows.group, rows.tokens, dim)
+  return jnp.moveaxis(out, 3, 1).reshape(batch, rows.tokens, -1)
 
 
 def _new_tokens(rows: Rows, q, latents, scale):
@@ -102,16 +105,16 @@ def _new_tokens(rows: Rows, q, latents, scale):
   q, k, v = (x.reshape(*x.shape[:2], rows.heads, rows.dim) for x in (q, *latents))
   exact = {'precision': jax.lax.Precision.HIGHEST, 'preferred_element_type': jnp.float32}
   scores = jnp.einsum('brhd,bnhd->bhrn', q, k, **exact) * scale
-  scores = jnp.where(rows.visible(), scores, -jnp.inf)  # every token sees itself
+  visible = np.tile(rows.visible(), (rows.group, 1))  # every token sees itself
+  scores = jnp.where(visible, scores, -jnp.inf)
   peak = scores.max(-1)
   weights = jnp.exp2(scores - peak[..., None])
   sums = jnp.einsum('bhrn,bnhd->bhrd', weights.astype(q.dtype), v, **exact)
   return sums, peak, weights.sum(-1)
 
 
-def _merge(sums, peaks, totals, q):
-  """Parts [Bk, heads, splits, R, ...] as the normalised [Bk, R, heads * D]."""
+def _merge(sums, peaks, totals):
+  """Parts [Bk, heads, splits, R, ...] as the normalised [Bk, heads, R, D]."""
   share = jnp.exp2(peaks - peaks.max(2, keepdims=True))
   total = (share * totals).sum(2)[..., None]
-  out = (share[..., None] * sums).sum(2) / jnp.where(total == 0, 1.0, total)
-  return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+  return (share[..., None] * sums).sum(2) / jnp.where(total == 0, 1.0, total)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from wallwm_jax.kernels.cached_attention.rows import Rows
 
 _LANES = 128
+_SUBLANES = 16  # of a bfloat16 tile
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: the difference of two is not NaN
 _VMEM = 15 * 2**20  # 1 MiB less than XLA gives one kernel
 _MAX_ROWS = 256
@@ -40,7 +41,7 @@ _CONFIG_V6 = Config(lanes=1536, block=3 * 2**19, interleave=12)
 
 
 def supports(rows: Rows, q: jax.Array, k: jax.Array | jax.ShapeDtypeStruct) -> bool:
-  """Whether the kernel takes folded queries [Bk, R, Hkv * D] and a cache [L, Bk, N, Hkv * D].
+  """Whether the kernel takes queries laid out as `Rows` says and a cache [L, Bk, N, Hkv * D].
 
   Depends on the chip: that of the mesh in context, else the default device. Tracing for a TPU
   elsewhere, and without its mesh, means a v5p.
@@ -49,7 +50,8 @@ def supports(rows: Rows, q: jax.Array, k: jax.Array | jax.ShapeDtypeStruct) -> b
 
 
 def cached_attention(rows: Rows, q, k, v, lengths, layer, latents, interpret=False):
-  """See `api.cached_attention`; q and the result are folded, the cache is stacked.
+  """See `api.cached_attention`; q and the result are laid out as `Rows` says, the cache is
+  stacked.
 
   Raises:
     NotImplementedError: heads of another width, or more rows than fit beside a block.
@@ -94,10 +96,10 @@ def _tiles(rows: Rows, k) -> tuple[int, int] | None:
 
 def _bytes(rows: Rows, heads: int, block: int, wide: int, interleave: int) -> int:
   """VMEM of one program, with new tokens, at most."""
-  lanes, tall = heads * rows.dim, -(-rows.count // 8) * 8
-  new = -(-rows.draws * rows.steps // _LANES) * _LANES
-  streamed = 2 * 2 * (block * lanes * wide + 2 * tall * lanes + 2 * new * lanes)
-  kept = 4 * tall * (heads * (2 * _LANES + rows.dim) + 2 * new)
+  lanes, tall = heads * rows.dim, -(-rows.count // _SUBLANES) * _SUBLANES
+  new = -(-rows.tokens // _SUBLANES) * _SUBLANES
+  streamed = 2 * 2 * lanes * (block * wide + 2 * tall + 2 * new)
+  kept = 4 * tall * (heads * 2 * (_LANES + rows.dim) + 2 * max(new, _LANES))
   phase = min(interleave, heads) * block * (6 * tall + 2 * rows.dim * (wide == 1))
   return streamed + kept + phase
 
@@ -110,6 +112,11 @@ def _attend(rows: Rows, q, k, v, lengths, layer, latents, interpret):
   scale = dim**-0.5 * math.log2(math.e)
   exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
   interleave = _config().interleave
+  # Query heads that read one cached head lie under each other: (head, its rows, its lanes).
+  places = [
+    (i // rows.group, pl.ds(i % rows.group * rows.tokens, rows.tokens), pl.ds(i * dim, dim))
+    for i in range(heads * rows.group)
+  ]
 
   def product(a, b, axis):
     return jax.lax.dot_general(
@@ -117,23 +124,26 @@ def _attend(rows: Rows, q, k, v, lengths, layer, latents, interpret):
     )
 
   def body(_, length, q, k, v, *refs):
-    out, peak, total, sums = refs[-4:]
+    out, peak, total, sums, folded = refs[-5:]
     cache, at = pl.program_id(0), pl.program_id(2)
     left = (slots if lengths is None else length[cache]) - at * block
 
-    def tile(keys, values, hide, clear):
+    def tile(keys, values, hide):
       """All heads against one tile of keys: base-2 online softmax, in phases."""
       for first in range(0, heads, interleave):
         mine = range(first, min(first + interleave, heads))
-        part = [slice(h * dim, (h + 1) * dim) for h in mine]
-        scores = [product(q[:, p], keys[:, p].astype(q.dtype), 1) for p in part]
+        part = [pl.ds(h * dim, dim) for h in mine]
+        scores = [
+          product(folded[h].astype(q.dtype), keys(p).astype(q.dtype), 1)
+          for h, p in zip(mine, part)
+        ]
         scores = [hide(s * scale) for s in scores]
         peaks = [jnp.maximum(peak[h], s.max(1, keepdims=True)) for h, s in zip(mine, scores)]
         weights = [jnp.exp2(s - _wide(m, s.shape[1])) for s, m in zip(scores, peaks)]
         fades = [jnp.exp2(peak[h] - m) for h, m in zip(mine, peaks)]
         added = [w.sum(1, keepdims=True) for w in weights]
         products = [
-          product(w.astype(q.dtype), clear(values[:, p]).astype(q.dtype), 0)
+          product(w.astype(q.dtype), values(p).astype(q.dtype), 0)
           for p, w in zip(part, weights)
         ]
         for h, m, fade, more, o in zip(mine, peaks, fades, added, products):
@@ -155,37 +165,54 @@ def _attend(rows: Rows, q, k, v, lengths, layer, latents, interpret):
       peak[...] = jnp.full_like(peak, _HIDDEN)
       total[...] = jnp.zeros_like(total)
       sums[...] = jnp.zeros_like(sums)
+      for h, own, part in places:
+        folded[h, own] = q[:, part].astype(folded.dtype)
 
     # Every row sees the first slot of a tile that is done at all, so none is fully masked.
-    pl.when(left > 0)(lambda: tile(k, v, hide, clear))
+    pl.when(left > 0)(lambda: tile(lambda p: k[:, p], lambda p: clear(v[:, p]), hide))
 
     @pl.when(at == blocks - 1)
     def _finish():
       if latents is not None:
         new_k, new_v, visible = refs[:3]
-        tile(new_k, new_v, lambda s: jnp.where(visible[...] > 0, s, _HIDDEN), lambda x: x)
-      for h in range(heads):
-        by = jnp.where(total[h] == 0, 1.0, total[h])
-        out[:, h * dim : (h + 1) * dim] = (sums[h] / _wide(by, dim)).astype(out.dtype)
+
+        def whole(new):
+          """All of a tile: the simulation of schedules aborts on products over parts of one."""
+          rest = jnp.zeros((visible.shape[1] - new.shape[0], dim), new.dtype)
+          return lambda p: jnp.concatenate([new[:, p], rest], 0)
+
+        tile(whole(new_k), whole(new_v), lambda s: jnp.where(visible[...] > 0, s, _HIDDEN))
+      for h, own, part in places:
+        by = total[h, own]
+        by = _wide(jnp.where(by == 0, 1.0, by), dim)
+        out[:, part] = (sums[h, own] / by).astype(out.dtype)
 
   def streamed(cache, group, at, layer, length):
     if lengths is not None:  # no block behind the length is fetched
       at = jnp.minimum(at, jax.lax.div(jnp.maximum(length[cache] - 1, 0), block))
     return layer[0], cache, at, group
 
-  of_rows = pl.BlockSpec((None, rows.count, lanes), lambda cache, group, *_: (cache, 0, group))
+  def of_group(tall, wide):
+    return pl.BlockSpec((None, tall, wide), lambda cache, group, *_: (cache, 0, group))
+
+  of_queries = of_group(rows.tokens, lanes * rows.group)
   of_slots = pl.BlockSpec((None, None, block, lanes), streamed)
-  specs, operands = [of_rows, of_slots, of_slots], [q, k, v]
+  specs, operands = [of_queries, of_slots, of_slots], [q, k, v]
   if latents is not None:
-    new = latents[0].shape[1]
-    padded = -(-new // _LANES) * _LANES  # one score per row does not compile
-    visible = np.pad(rows.visible(), ((0, 0), (0, padded - new))).astype(np.float32)
-    of_new = pl.BlockSpec((None, padded, lanes), lambda cache, group, *_: (cache, 0, group))
+    padding = -rows.tokens % _SUBLANES
+    visible = np.tile(rows.visible(), (rows.group, 1)).astype(np.float32)
+    visible = np.pad(visible, ((0, 0), (0, -rows.tokens % _LANES)))
+    of_new = of_group(rows.tokens + padding, lanes)
     specs += [of_new, of_new, pl.BlockSpec(visible.shape, lambda *_: (0, 0))]
-    operands += [jnp.pad(x, ((0, 0), (0, padded - new), (0, 0))) for x in latents]
+    operands += [jnp.pad(x, ((0, 0), (0, padding), (0, 0))) for x in latents]
     operands.append(visible)
   length = jnp.zeros(rows.batch, jnp.int32) if lengths is None else lengths
-  scratch = [(heads, rows.count, _LANES)] * 2 + [(heads, rows.count, dim)]
+  # Parts of a tile are moved in float32 only.
+  kept = jnp.float32 if rows.group > 1 and rows.tokens % _SUBLANES else q.dtype
+  scratch = [
+    *(pltpu.VMEM((heads, rows.count, wide), jnp.float32) for wide in (_LANES, _LANES, dim)),
+    pltpu.VMEM((heads, rows.count, dim), kept),
+  ]
   scores = rows.batch * rows.heads * rows.count * slots
   return pl.pallas_call(
     body,
@@ -193,8 +220,8 @@ def _attend(rows: Rows, q, k, v, lengths, layer, latents, interpret):
       num_scalar_prefetch=2,
       grid=(rows.batch, rows.heads // heads, blocks),
       in_specs=specs,
-      out_specs=of_rows,
-      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+      out_specs=of_queries,
+      scratch_shapes=scratch,
     ),
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     compiler_params=pltpu.CompilerParams(
