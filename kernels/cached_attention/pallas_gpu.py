@@ -56,14 +56,14 @@ def cached_attention(rows: Rows, q, k, v, lengths, layer, latents, interpret=Fal
       here = (at, cache, pl.ds(start, _BLOCK), channels)
       mask = jnp.broadcast_to(seen[:, None], (_BLOCK, dim))
       keys = plgpu.load(k.at[here], mask=mask, other=0).astype(queries.dtype)
-      scores = pl.dot(queries, keys, trans_b=True, precision=exact) * scale
+      scores = plgpu.dot(queries, keys, trans_b=True, precision=exact) * scale
       scores = jnp.where(seen[None], scores, _HIDDEN)
       after = jnp.maximum(before, scores.max(1))
       # A row may have seen nothing yet: its peak is _HIDDEN too.
       weights = jnp.where(seen[None], jnp.exp2(scores - after[:, None]), 0.0)
       values = plgpu.load(v.at[here], mask=mask, other=0).astype(queries.dtype)
       fade = jnp.exp2(before - after)
-      product = pl.dot(weights.astype(queries.dtype), values, precision=exact)
+      product = plgpu.dot(weights.astype(queries.dtype), values, precision=exact)
       return after, fade * sums + weights.sum(1), fade[:, None] * result + product
 
     stop = jnp.clip(pl.cdiv(length, _BLOCK) - split * steps, 0, steps)

@@ -81,7 +81,7 @@ def _tiles(rows: Rows, k) -> tuple[int, int] | None:
     return None
   groups = [n for n in range(rows.heads, 0, -1) if rows.heads % n == 0]
   even = [n for n in groups if (rows.heads // n) * rows.batch % 2 == 0]  # one half for each core
-  for heads in even or groups:
+  for heads in [*even, *groups]:
     lanes = heads * rows.dim
     if lanes > max(config.lanes, rows.dim) or (lanes % _LANES and heads != rows.heads):
       continue
