@@ -110,7 +110,7 @@ def assert_close(name, got, want, relative=1e-5, worst=1e-4):
 def assert_same_cache(got, want, **bounds):
   for field in ('mask', 'length', 'position'):
     np.testing.assert_array_equal(getattr(got, field), getattr(want, field), err_msg=field)
-  slots = np.asarray(want.mask)[None, :, :, None, None]
+  slots = np.asarray(want.mask)[None, :, :, None]
   assert_close('k', got.k * slots, want.k * slots, **bounds)
   assert_close('v', got.v * slots, want.v * slots, **bounds)
   assert_close('conv', got.conv, want.conv, **bounds)
@@ -142,8 +142,8 @@ def test_every_layer_matches_the_reference_wherever_the_padding_is(pattern):
     for i, (kind, m) in enumerate(zip(config.layer_types, want['memory'], strict=True)):
       row = config.layer_types[:i].count(kind)
       if kind == 'full':
-        assert_close('k', cache.k[row, b, :count], m['k'])
-        assert_close('v', cache.v[row, b, :count], m['v'])
+        assert_close('k', cache.k[row, b, :count], np.reshape(m['k'], (count, -1)))
+        assert_close('v', cache.v[row, b, :count], np.reshape(m['v'], (count, -1)))
       else:
         assert_close('conv', cache.conv[row, b], m['inputs'])
         assert_close('state', cache.state[row, b], m['state'])

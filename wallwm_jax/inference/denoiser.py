@@ -190,14 +190,14 @@ def denoise_to_anchor(params: InferenceParams, cond: Conditioning, noise: Latent
 
 
 def anchor_cache(params: InferenceParams, cond: Conditioning, z: Latents, *,
-                 cfg: ExperimentConfig, window: Window) -> tuple[functional.AnchorCache, Latents]:
+                 cfg: ExperimentConfig, window: Window) -> tuple[functional.ServingCache, Latents]:
   """The one anchored video forward: per-layer action keys/values, and the clean estimate of z."""
   sigma = anchor_sigmas(cfg)[-1]
   velocity, features, masks = _run_video(params, cond, z, sigma, cfg)
   return _prefill(params, features, masks, cfg, window), z - sigma * velocity
 
 
-def denoise_actions(params: InferenceParams, cond: Conditioning, cache: functional.AnchorCache,
+def denoise_actions(params: InferenceParams, cond: Conditioning, cache: functional.ServingCache,
                     noise: Float[Array, "B K A"], *,
                     cfg: ExperimentConfig) -> Float[Array, "B K A"]:
   """Normalised actions by `config.inference.action_steps` Euler steps against one fixed cache."""
@@ -325,7 +325,8 @@ def _run_video(params: InferenceParams, cond: Conditioning, z, sigma, cfg: Exper
 
 def _prefill(params: InferenceParams, features, masks, cfg: ExperimentConfig, window: Window):
   tau = functional.window_tau(cfg.model, window.kind, window.known + window.future)
-  return functional.prefill_actions(params.model['action'], cfg.model, features, tau, masks)
+  return functional.prefill_serving(params.model['action'], cfg.model, features, tau, masks,
+                                    cfg.inference.cache_dtype)
 
 
 def _action_velocity(params: InferenceParams, cond: Conditioning, cache, a, sigma,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from wallwm_jax.config import CodecConfig, ModelConfig, TextConfig
 from wallwm_jax.models import codec as dct
-from wallwm_jax.models.action_dit import ActionTower, AnchorCache
+from wallwm_jax.models.action_dit import ActionTower, AnchorCache, CacheDtype, ServingCache
 from wallwm_jax.models.binding import bind, fresh
 from wallwm_jax.models.umt5 import UMT5Encoder
 from wallwm_jax.models.vae import WanVAE
@@ -26,6 +26,7 @@ from wallwm_jax.types import ConfigError, NormStats, Packing, Params, PRNGKey, T
 
 __all__ = [
   'AnchorCache',
+  'ServingCache',
   'VideoMasks',
   'action_forward',
   'adopt_video',
@@ -41,6 +42,7 @@ __all__ = [
   'init_text',
   'normalise_latents',
   'prefill_actions',
+  'prefill_serving',
   'video_forward',
   'video_masks',
   'window_tau',
@@ -229,10 +231,23 @@ def video_forward(
 def prefill_actions(
   params: Params, config: ModelConfig, features, tau: Int[Array, 'F'], masks: VideoMasks
 ):
-  """AnchorCache of the 'action' subtree over anchored video features; computed once per
-  observation.
-  """
+  """AnchorCache of the 'action' subtree over anchored video features, for training."""
   return bind(ActionTower, config, params).prefill(features, np.asarray(tau), masks)
+
+
+def prefill_serving(
+  params: Params,
+  config: ModelConfig,
+  features,
+  tau: Int[Array, 'F'],
+  masks: VideoMasks,
+  dtype: CacheDtype = 'compute',
+) -> ServingCache:
+  """ServingCache of the 'action' subtree over anchored video features; computed once per
+  observation. dtype 'int8': half the bytes to read in every denoising step.
+  """
+  tower = bind(ActionTower, config, params)
+  return tower.prefill_serving(features, np.asarray(tau), masks, dtype)
 
 
 def action_forward(
@@ -241,7 +256,7 @@ def action_forward(
   a: Float[Array, 'B R K A'],
   t: Float[Array, 'B R'],
   state: Float[Array, 'B A'],
-  cache: AnchorCache,
+  cache: AnchorCache | ServingCache,
   step_mask: Bool[Array, 'B K'],
   packing: Packing | None = None,
 ):

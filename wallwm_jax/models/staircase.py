@@ -148,9 +148,7 @@ def _serial(stack: _Stack, cache: PromptCache):
 
 def _grow(cache: PromptCache, slots: int) -> PromptCache:
   """The cache with more free slots."""
-  k, v = (
-    jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))) for x in (cache.k, cache.v)
-  )
+  k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))) for x in (cache.k, cache.v))
   mask = jnp.pad(cache.mask, ((0, 0), (0, slots)))
   return PromptCache(k, v, cache.conv, cache.state, mask, cache.length, cache.position)
 

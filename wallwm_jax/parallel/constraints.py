@@ -29,6 +29,11 @@ def activation_sharding(mesh: Mesh, rules: MeshRules):
     _ACTIVE.reset(token)
 
 
+def partitioned() -> bool:
+  """Whether activations are split over several devices: the compiler cannot split a kernel."""
+  return _ACTIVE.get() is not None and _ACTIVE.get()[0].size > 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Asks the compiler to shard `x` by one logical axis (or None) per dimension; identity without a
   mesh.

@@ -15,27 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from wallwm_jax.config import QwenConfig
 from wallwm_jax.kernels.attention.api import dot_product_attention
+from wallwm_jax.kernels.cached_attention.api import cached_attention
 from wallwm_jax.models.layers import RMSNorm
 from wallwm_jax.models.rope import Rotation
 from wallwm_jax.models.stack import rematerialise, stack_blocks
 from wallwm_jax.models.vlm import gated_delta
 from wallwm_jax.models.vlm.cache import PromptCache
 from wallwm_jax.models.vlm.rotary import rotate
-from wallwm_jax.parallel.constraints import constrain
+from wallwm_jax.parallel.constraints import constrain, partitioned
 from wallwm_jax.types import ConfigError, Params
 
 
 class _Tokens(NamedTuple):
   """What all layers know of the tokens they run: rotation, mask [B, n] of the real ones (none
-  behind a False), and seen [B, C], the cache slots they may attend to; None without a cache."""
+  behind a False), and seen [B], how many cache slots they may attend to; None without a cache."""
 
   rotation: Rotation
   mask: Bool[Array, 'B n']
-  seen: Bool[Array, 'B C'] | None
+  seen: Int[Array, 'B'] | None
 
 
 class Layers(nnx.Module):
@@ -62,7 +63,7 @@ class Layers(nnx.Module):
     that of the real ones alone.
 
     Returns:
-      (x [B, S, D], 0 where `mask` is False; k, v [Lf, B, size, Hkv, hd] of the real tokens, packed
+      (x [B, S, D], 0 where `mask` is False; k, v [Lf, B, size, Hkv * hd] of the real tokens, packed
       to the front; conv [Ll, B, K-1, c]; state [Ll, B, Hv, dk, dv]).
     """
     # The real tokens move to the front, so that neither the convolution nor the recurrence nor the
@@ -72,7 +73,7 @@ class Layers(nnx.Module):
     x = _take(jnp.where(mask[..., None], x, 0), order)
     x, (k, v), (conv, state) = self._run(x, packed, None, self.config.remat)
     x = jnp.where(mask[..., None], _take(x, jnp.argsort(order, axis=1)), 0)
-    room = ((0, 0), (0, 0), (0, size - k.shape[2]), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, size - k.shape[2]), (0, 0))
     return x, jnp.pad(k, room), jnp.pad(v, room), conv, state
 
   def extend(
@@ -89,10 +90,10 @@ class Layers(nnx.Module):
       start, stop: run only the layers start..stop-1 of these.
 
     Returns:
-      (x [B, n, D]; k, v [Lf, B, n, Hkv, hd] of these tokens alone; conv and state after them; all
+      (x [B, n, D]; k, v [Lf, B, n, Hkv * hd] of these tokens alone; conv and state after them; all
       of the layers that ran).
     """
-    tokens = _Tokens(rotation, jnp.ones(x.shape[:2], bool), cache.mask)
+    tokens = _Tokens(rotation, jnp.ones(x.shape[:2], bool), cache.mask.sum(1))
     past = {'full': (cache.k, cache.v), 'linear': (cache.conv, cache.state)}
     x, (k, v), (conv, state) = self._run(x, tokens, past, 'none', start, stop)
     return x, k, v, conv, state
@@ -108,8 +109,7 @@ class Layers(nnx.Module):
     bodies = {}
     for kind in sorted(set(types)):
       graph, params = nnx.split(getattr(self, kind))
-      stacked = params, None if past is None else past[kind]
-      bodies[kind] = _body(graph, stacked, tokens, remat)
+      bodies[kind] = _body(kind, graph, params, past and past[kind], tokens, remat)
     for pattern, repeats in segments(types):
       period = functools.partial(_period, pattern, bodies, dict(row))
       x, new = jax.lax.scan(period, x, jnp.arange(repeats))
@@ -126,7 +126,7 @@ class Layers(nnx.Module):
     """The cache rows of no layer: leading axis 0."""
     c, (b, n) = self.config, x.shape[:2]
     if kind == 'full':
-      return (jnp.zeros((0, b, n, c.kv_heads, c.head_dim), x.dtype),) * 2
+      return (jnp.zeros((0, b, n, c.kv_heads * c.head_dim), x.dtype),) * 2
     state = (c.linear_value_heads, c.linear_key_dim, c.linear_value_dim)
     return (
       jnp.zeros((0, b, c.conv - 1, c.conv_channels), x.dtype),
@@ -157,12 +157,15 @@ def _repeats(part: tuple[str, ...], period: int) -> bool:
   return part == part[:period] * (len(part) // period)
 
 
-def _body(graph, stacked, tokens: _Tokens, remat: str):
+def _body(kind: str, graph, params, past, tokens: _Tokens, remat: str):
   def layer(x, row):
-    params, past = jax.tree.map(
-      lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), stacked
-    )
-    return nnx.merge(graph, params)(x, past, tokens)
+    def own(stacked):
+      pick = functools.partial(jax.lax.dynamic_index_in_dim, index=row, keepdims=False)
+      return jax.tree.map(pick, stacked)
+
+    # Keys and values stay stacked: a slice of them would be a copy.
+    found = (*past, row) if past and kind == 'full' else own(past)
+    return nnx.merge(graph, own(params))(x, found, tokens)
 
   if remat != 'none':
     return rematerialise(layer, remat)
@@ -222,14 +225,17 @@ class _FullBlock(_Block):
     q, gate = jnp.split(self.q(h).reshape(b, n, c.heads, 2 * c.head_dim), 2, -1)
     k, v = (f(h).reshape(b, n, c.kv_heads, c.head_dim) for f in (self.k, self.v))
     q, k = rotate(self.q_norm(q), tokens.rotation), rotate(self.k_norm(k), tokens.rotation)
-    keys, values = k, v
-    visible = tokens.mask[:, None] & np.tri(n, dtype=bool)
+    if past is None:
+      visible = tokens.mask[:, None] & np.tri(n, dtype=bool)
+      keys, values = (jnp.repeat(x, c.heads // c.kv_heads, 2) for x in (k, v))
+      out = dot_product_attention(q, keys, values, mask=visible[:, None])
+    k, v = (x.reshape(b, n, -1) for x in (k, v))
     if past is not None:
-      keys, values = (jnp.concatenate(pair, 1) for pair in ((past[0], k), (past[1], v)))
-      seen = jnp.broadcast_to(tokens.seen[:, None], (b, n, tokens.seen.shape[1]))
-      visible = jnp.concatenate([seen, visible], -1)
-    keys, values = (jnp.repeat(x, c.heads // c.kv_heads, 2) for x in (keys, values))
-    out = dot_product_attention(q, keys, values, mask=visible[:, None])
+      keys, values, row = past
+      out = cached_attention(
+        q, keys, values, lengths=tokens.seen, layer=row, latents=(k, v),
+        implementation='xla' if partitioned() else None,
+      )  # fmt: skip
     out = out * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(out.dtype)
     return self.o(out.reshape(b, n, -1)), (k, v)
 
@@ -353,7 +359,7 @@ def slice_cache(cache: PromptCache, types: tuple[str, ...], start: int, stop: in
 
 
 def append(cache: PromptCache, k_new, v_new, conv, state, n: int) -> PromptCache:
-  """The cache after n more text tokens: k_new, v_new [Lf, B, n, Hkv, hd] in the next free slots of
+  """The cache after n more text tokens: k_new, v_new [Lf, B, n, Hkv * hd] in the next free slots of
   every row, conv and state [Ll, ...] in place of the old ones.
 
   Raises:
