@@ -1,9 +1,9 @@
 """TPU kernels: forward and backward each read and write every token once, at the memory's pace.
 
 A grid step holds some tokens at full width. One sweep over the heads sums what a token's norm
-needs, a second one applies it. Lanes find the other half of their pair by a gather along the lanes, before
-bfloat16 is widened: two tokens per move. The 64 cosines and 64 sines of a token lie side by side
-and are spread over the 128 lanes inside, at half the bytes.
+needs, a second one applies it. Lanes find the other half of their pair by a gather along the lanes,
+before bfloat16 is widened: two tokens per move. The 64 cosines and 64 sines of a token lie side by
+side and are spread over the 128 lanes inside, at half the bytes.
 """
 
 from __future__ import annotations

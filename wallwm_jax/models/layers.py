@@ -96,6 +96,10 @@ def timestep_features(sigma, width: int):
   return jnp.pad(features, [(0, 0)] * sigma.ndim + [(0, width % 2)])
 
 
+def _attend_on_one_device(q, k, v, mask, segments):
+  return dot_product_attention(q, k, v, mask=mask, segments=segments, one_device=True)
+
+
 class Attention(nnx.Module):
   """Multi-head attention with QK-RMSNorm over the full width (before the head split).
 
@@ -134,7 +138,11 @@ class Attention(nnx.Module):
     """Output projection of attention; mask broadcasts to [B, heads, Sq, Sk], True = attend;
     segments: [B, Sq] and [B, Sk] of packed rows.
     """
-    out = dot_product_attention(q, k, v, mask=mask, segments=segments)
+    if not splits_only_batch(q.shape[0]):
+      out = dot_product_attention(q, k, v, mask=mask, segments=segments)
+    else:
+      batched = jax.tree.map(lambda x: x.shape[0] == q.shape[0], (q, k, v, mask, segments))
+      out = map_batch(_attend_on_one_device, batched, q, k, v, mask, segments)
     return self.o(out.reshape(*out.shape[:-2], -1))
 
   def __call__(

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -63,24 +64,26 @@ def splits_only_batch(size: int) -> bool:
   return mesh.size == parts and size % parts == 0
 
 
-def map_batch(run: Callable, batched: Sequence[bool], *arrays: jax.Array) -> jax.Array:
+def map_batch(run: Callable, batched: Sequence[Any], *arrays: Any) -> jax.Array:
   """run(*arrays), by each device on its own part of the batch: for kernels, which the compiler
   cannot split over devices.
 
   Args:
-    run: of arrays, to one array that leads with the batch. No sample may depend on another.
-    batched: which arrays lead with the batch, or with batch and further axes merged, batch first;
-      every device sees all of the others.
+    run: of arrays (or trees of them), to one array that leads with the batch. No sample may depend
+      on another.
+    batched: like `arrays`, True for those that lead with the batch, or with batch and further axes
+      merged, batch first; every device sees all of the others.
 
   Raises:
     ConfigError: the mesh splits more than the batch (see `splits_only_batch`).
   """
-  sizes = [x.shape[0] for x, own in zip(arrays, batched, strict=True) if own]
-  if not all(splits_only_batch(size) for size in sizes):
-    raise ConfigError(f'map_batch: the mesh in context does not split leading axes {sizes} alone.')
   if _ACTIVE.get() is None or _ACTIVE.get()[0].size == 1:
     return run(*arrays)
+  flags = zip(jax.tree.leaves(arrays), jax.tree.leaves(tuple(batched)), strict=True)
+  sizes = [x.shape[0] for x, own in flags if own]
+  if not all(map(splits_only_batch, sizes)):
+    raise ConfigError(f'map_batch: the mesh in context does not split leading axes {sizes} alone.')
   mesh, table = _ACTIVE.get()
   split = PartitionSpec(table['batch'])
-  specs = tuple(split if own else PartitionSpec() for own in batched)
+  specs = jax.tree.map(lambda own: split if own else PartitionSpec(), tuple(batched))
   return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*arrays)
