@@ -42,6 +42,7 @@ def operands(rows, tokens, heads, table='shared', dtype=jnp.bfloat16, hd=128, se
   return *map(jnp.asarray, (x.astype(dtype), scale, cos, sin)), jnp.asarray(g, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=5)
 def exact(x, scale, cos, sin, g, heads):
   """Output and cotangents of x, scale, cos, sin: the reference on the same rounded operands."""
   wide = [a.astype(jnp.float32) for a in (x, scale, cos, sin)]
@@ -59,6 +60,7 @@ def kernels(x, scale, cos, sin, g, heads, interpret=True, with_table=True):
   return out.reshape(*x.shape[:-1], heads, -1), dx, dscale, *parts
 
 
+@functools.partial(jax.jit, static_argnums=5)
 def xla_form(x, scale, cos, sin, g, heads):
   run = functools.partial(api.qk_norm_rope, heads=heads, eps=EPS, implementation='xla')
   out, pullback = jax.vjp(run, x, scale, cos, sin)
@@ -85,7 +87,7 @@ def check(got, expected, dtype):
 @pytest.mark.parametrize('form', FORMS)
 @every_dtype
 @every_table
-@pytest.mark.parametrize('rows, tokens, heads', [(2, 128, 3), (3, 333, 2)])
+@pytest.mark.parametrize('rows, tokens, heads', [(2, 128, 2), (1, 333, 1)])
 def test_matches_the_reference(form, dtype, table, rows, tokens, heads):
   args = operands(rows, tokens, heads, table, dtype)
   got = FORMS[form](*args, heads)
@@ -93,14 +95,14 @@ def test_matches_the_reference(form, dtype, table, rows, tokens, heads):
   check(got, exact(*args, heads), dtype)
 
 
-@settings(deadline=None, max_examples=6)
-@given(st.integers(1, 3), st.integers(128, 700), st.integers(1, 4), st.booleans())
+@settings(deadline=None, max_examples=3)
+@given(st.integers(1, 3), st.integers(128, 700), st.integers(1, 2), st.booleans())
 def test_any_number_of_tokens(rows, tokens, heads, own):
   args = operands(rows, tokens, heads, 'own' if own else 'shared', seed=tokens)
   check(kernels(*args, heads), exact(*args, heads), jnp.bfloat16)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.sampled_from([2, 6, 64]))
 def test_other_heads_are_left_to_xla(rows, tokens, heads, hd):
   args = operands(rows, tokens, heads, dtype=jnp.float32, hd=hd, seed=tokens)
@@ -123,9 +125,9 @@ def test_without_its_gradient_the_table_changes_nothing():
 
 
 def test_kernels_are_no_worse_than_xla():
-  args = operands(2, 256, 3)
-  true = exact(*args, 3)
-  for ours, xla, right in zip(kernels(*args, 3), xla_form(*args, 3), true, strict=True):
+  args = operands(2, 256, 2)
+  true = exact(*args, 2)
+  for ours, xla, right in zip(kernels(*args, 2), xla_form(*args, 2), true, strict=True):
     assert relative_error(ours, right) <= 1.5 * relative_error(xla, right) + 1e-6
 
 
