@@ -2,7 +2,7 @@
 compiler simulates its own schedules. A static estimate, not a measurement; one JSON line per case.
 
 wallwm bench static_cost syrk --topology v5p:2x2x1
-wallwm bench static_cost syrk --topology v6e:2x2 --case 3072x3072_c --json syrk.json
+wallwm bench static_cost syrk --topology v6e:2x2 --case 3072x3072_c
 
 Every instruction takes the longer of its simulated cycles and its bytes over the bandwidth of the
 memory; asynchronous copies take nothing, but a program no less than all its bytes do. Loops count
@@ -61,7 +61,6 @@ def main() -> None:
   parser.add_argument('op', choices=kernel_cases.ops(), help='a kernel with cases')
   parser.add_argument('--topology', default='v5p:2x2x1', help='v5p:2x2x1 or v6e:2x2')
   parser.add_argument('--case', action='append', help='only this one; may be given several times')
-  parser.add_argument('--json', metavar='OUT', help='also write the last JSON line to this file')
   parser.add_argument('--worker', metavar='PROGRAM', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.worker:
@@ -69,10 +68,10 @@ def main() -> None:
     return
   jax.config.update('jax_platforms', 'cpu')  # nothing runs; do not look for a TPU
   for name in args.case or kernel_cases.load(args.op).NAMES:
-    report(args.op, name, args.topology, args.json)
+    report(args.op, name, args.topology)
 
 
-def report(op: str, name: str, topology: str, path: str | None = None) -> None:
+def report(op: str, name: str, topology: str) -> None:
   """One case: the kernel, every other formulation, and the ratio to the best of those."""
   chip = aot.chip(topology)
   with tracing_for(topology):
@@ -84,7 +83,6 @@ def report(op: str, name: str, topology: str, path: str | None = None) -> None:
     f'{op} {name}: kernel / best of XLA, static estimate of the TPU compiler',
     'ratio',
     1,
-    path=path,
     topology=topology,
     value=kernel.us / found[best].us,
     best=best,
