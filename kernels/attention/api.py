@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wallwm_jax.kernels.attention import xla
+from wallwm_jax.kernels.attention import splash_tpu, xla
 from wallwm_jax.types import ConfigError
 
-Implementation = Literal['xla']
+Implementation = Literal['splash_tpu', 'xla']
 
 # Best first. A backend raises NotImplementedError for calls or platforms it does not support.
 _BACKENDS = {'xla': xla.attention}
@@ -26,6 +27,7 @@ def dot_product_attention(
     bias: jax.Array | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
     implementation: Implementation | None = None,
+    one_device: bool = False,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(hd) + bias) v over the keys that `mask` shows; softmax in float32.
 
@@ -39,6 +41,8 @@ def dot_product_attention(
     segments: int [B, Sq] and [B, Sk]; a query sees the keys of its own segment only, and none of
       segment 0 (padding). Costs no [Sq, Sk] mask to be handed over.
     implementation: a backend by name; None picks the best one that supports the call.
+    one_device: this is one device's program (no mesh, or inside `shard_map`), so that None may take
+      the TPU kernel, which cannot be split over devices, in programs compiled for a TPU.
 
   Returns:
     [B, Sq, heads, hd], dtype of q.
@@ -50,17 +54,50 @@ def dot_product_attention(
   _check(q, k, v, mask, bias)
   _check_segments(q, k, segments)
   if implementation is not None:
-    if implementation not in _BACKENDS:
+    named = {'splash_tpu': splash_tpu.attention, **_BACKENDS}
+    if implementation not in named:
       raise ConfigError(
-          f'attention implementation: expected None or one of {sorted(_BACKENDS)}, '
+          f'attention implementation: expected None or one of {sorted(named)}, '
           f'got {implementation!r}.')
-    return _BACKENDS[implementation](q, k, v, mask, bias, segments)
+    return named[implementation](q, k, v, mask, bias, segments)
+  if one_device and splash_tpu.supports(q, k, mask, bias):
+    return _by_platform(q, k, v, mask, segments)
   for backend in _BACKENDS.values():
     try:
       return backend(q, k, v, mask, bias, segments)
     except NotImplementedError:
       continue
   raise NotImplementedError(f'no attention backend supports q {q.shape} {q.dtype}, k {k.shape}.')
+
+
+@jax.custom_vjp
+def _by_platform(q, k, v, mask, segments):
+  return _choose(lambda backend, *args: backend(*args, None, segments), q, k, v, mask)
+
+
+def _forward(q, k, v, mask, segments):
+  return _by_platform(q, k, v, mask, segments), (q, k, v, mask, segments)
+
+
+def _backward(kept, g):
+  # Each platform's own gradient of its own forward pass: what one keeps, the other need not.
+  *operands, mask, segments = kept
+
+  def pull(backend, g, *operands):
+    _, pullback = jax.vjp(lambda q, k, v: backend(q, k, v, mask, None, segments), *operands)
+    return pullback(g)
+
+  return (*_choose(pull, g, *operands), None, None)
+
+
+_by_platform.defvjp(_forward, _backward)
+
+
+def _choose(run, *operands):
+  return jax.lax.platform_dependent(
+      *operands,
+      tpu=functools.partial(run, splash_tpu.attention),
+      default=functools.partial(run, xla.attention))
 
 
 def _check(q, k, v, mask, bias):

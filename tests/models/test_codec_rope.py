@@ -1,5 +1,7 @@
 """The DCT codec and the rotary tables."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wallwm_jax.config import CodecConfig
+from wallwm_jax.kernels.qk_norm_rope.api import qk_norm_rope
 from wallwm_jax.models import codec, rope
 from wallwm_jax.types import ConfigError
 
@@ -66,17 +69,23 @@ def test_too_many_channels_are_refused():
 
 
 def test_rotation_preserves_norms_and_depends_on_relative_position():
-  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16))
+  def rotated(x, rotation):
+    turn = functools.partial(qk_norm_rope, heads=2, eps=0.0)
+    return turn(x, jnp.ones(32), *map(jnp.asarray, rotation))
+
+  x = jax.random.normal(jax.random.key(0), (1, 3, 32))
+  x /= jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))  # the norm changes nothing
   angles = rope.axis_angles(np.arange(3.0), 8, 100.0).astype(np.float32)
-  rotated = rope.apply_rope(x, rope.Rotation.of(angles))
+  turned = rotated(x, rope.Rotation.of(angles))
+  assert np.abs(turned[:, 1:] - x.reshape(1, 3, 2, 16)[:, 1:]).max() > 0.1
   np.testing.assert_allclose(
-    jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
+    jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x.reshape(1, 3, 2, 16), axis=-1), rtol=1e-5
   )
   q, k = x[:, :1], x[:, 1:2]
 
   def score(shift):
     at_q, at_k = (rope.Rotation.of(angles[i : i + 1] + angles[shift]) for i in (0, 1))
-    return jnp.sum(rope.apply_rope(q, at_q) * rope.apply_rope(k, at_k))
+    return jnp.sum(rotated(q, at_q) * rotated(k, at_k))
 
   np.testing.assert_allclose(score(0), score(2), rtol=1e-4)
 

@@ -153,8 +153,13 @@ def intermediates(fixture, kind, monkeypatch):
     if i == 0:
       ours = {
         'norm1': record['modulate', 0],
-        'attn1.norm_q': record[id(block.self_attn.q_norm)],
-        'attn1.norm_k': record[id(block.self_attn.k_norm)],
+        # normed and rotated in one op; what lies between is not made
+        **{
+          f'attn1.norm_{part}': getattr(block.self_attn, f'{part}_norm')(
+            record[id(getattr(block.self_attn, part))]
+          )
+          for part in ('q', 'k')
+        },
         'attn1': record[id(block.self_attn.o)],
         'norm2': record[id(block.norm_cross)],
         'attn2': record[id(block.cross_attn.o)],

@@ -4,6 +4,7 @@ float32.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -12,7 +13,9 @@ import numpy as np
 from flax import nnx
 
 from wallwm_jax.kernels.attention.api import dot_product_attention
-from wallwm_jax.models.rope import Rotation, apply_rope
+from wallwm_jax.kernels.qk_norm_rope.api import qk_norm_rope
+from wallwm_jax.models.rope import Rotation
+from wallwm_jax.parallel.constraints import map_batch, splits_only_batch
 
 _EPS = 1e-6
 
@@ -93,6 +96,10 @@ def timestep_features(sigma, width: int):
   return jnp.pad(features, [(0, 0)] * sigma.ndim + [(0, width % 2)])
 
 
+def _attend_on_one_device(q, k, v, mask, segments):
+  return dot_product_attention(q, k, v, mask=mask, segments=segments, one_device=True)
+
+
 class Attention(nnx.Module):
   """Multi-head attention with QK-RMSNorm over the full width (before the head split).
 
@@ -121,17 +128,21 @@ class Attention(nnx.Module):
 
   def queries(self, x, rotation: Rotation | None = None):
     """[..., S, heads, hd] normalised (and rotated) queries of x [..., S, D]."""
-    return self._split(self.q_norm(self.q(x)), rotation)
+    return self._normed(self.q(x), self.q_norm, rotation)
 
   def keys_values(self, x, rotation: Rotation | None = None):
     """Keys (normalised, rotated) and values of x, each [..., S, heads, hd]."""
-    return self._split(self.k_norm(self.k(x)), rotation), self._split(self.v(x))
+    return self._normed(self.k(x), self.k_norm, rotation), self._split(self.v(x))
 
   def attend(self, q, k, v, mask=None, segments=None):
     """Output projection of attention; mask broadcasts to [B, heads, Sq, Sk], True = attend;
     segments: [B, Sq] and [B, Sk] of packed rows.
     """
-    out = dot_product_attention(q, k, v, mask=mask, segments=segments)
+    if not splits_only_batch(q.shape[0]):
+      out = dot_product_attention(q, k, v, mask=mask, segments=segments)
+    else:
+      batched = jax.tree.map(lambda x: x.shape[0] == q.shape[0], (q, k, v, mask, segments))
+      out = map_batch(_attend_on_one_device, batched, q, k, v, mask, segments)
     return self.o(out.reshape(*out.shape[:-2], -1))
 
   def __call__(
@@ -144,6 +155,17 @@ class Attention(nnx.Module):
       return jnp.broadcast_to(alone, (*x.shape[:-1], alone.shape[-1]))
     return self.attend(self.queries(x, rotation), k, v, mask, segments)
 
-  def _split(self, x, rotation=None):
-    x = x.reshape(*x.shape[:-1], self.heads, -1)
-    return x if rotation is None else apply_rope(x, rotation)
+  def _normed(self, x, norm: RMSNorm, rotation: Rotation | None):
+    """x [..., S, D] normalised over the full width, split into heads and rotated, if at all."""
+    if rotation is None:
+      return self._split(norm(x))
+    turn = functools.partial(qk_norm_rope, heads=self.heads, eps=norm.eps)
+    operands = (x, norm.scale[...], *map(jnp.asarray, rotation))
+    if not splits_only_batch(x.shape[0] if x.ndim > 2 else 1):
+      # A norm over heads on several devices, or tokens in strides: the compiler's to arrange.
+      return turn(*operands, implementation='xla')
+    own = operands[2].ndim > 2
+    return map_batch(turn, (True, False, own, own), *operands)
+
+  def _split(self, x):
+    return x.reshape(*x.shape[:-1], self.heads, -1)

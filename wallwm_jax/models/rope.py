@@ -1,7 +1,8 @@
 """Rotary embeddings: Wan's 3-D table, the 4-way Camera RoPE of the cross-view branch, and 1-D for
 actions.
 
-All rotate interleaved pairs (x[2i], x[2i+1]). Tables are angles of shape [..., pairs].
+All are for interleaved pairs (x[2i], x[2i+1]), as `kernels/qk_norm_rope` rotates them. Tables are
+angles of shape [..., pairs].
 """
 
 from __future__ import annotations
@@ -26,16 +27,6 @@ class Rotation(NamedTuple):
       angles = angles.astype(np.float64)
       return cls(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
     return cls(jnp.cos(angles), jnp.sin(angles))
-
-
-def apply_rope(x: Float[Array, '... S heads hd'], rotation: Rotation):
-  """x rotated pair by pair; the rotation broadcasts over the heads axis; float32 inside, dtype of x
-  out.
-  """
-  cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
-  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-  a, b = pairs[..., 0], pairs[..., 1]
-  return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def axis_angles(positions: np.ndarray, pairs: int, theta: float) -> np.ndarray:
