@@ -73,12 +73,13 @@ def relative_error(got, expected):
   return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
-def check(form, args, **options):
+def check(form, args, tolerance=None, **options):
+  tolerance = tolerance or TOLERANCE[args[2].dtype.type]
   got, expected = FORMS[form](*args, **options), recurrence(*wide(args))
   assert got[0].dtype == args[2].dtype and got[1].dtype == jnp.float32
   for x, y in zip(got, expected, strict=True):
     assert x.shape == y.shape
-    assert relative_error(x, y) <= TOLERANCE[args[2].dtype.type]
+    assert relative_error(x, y) <= tolerance
   return got
 
 
@@ -156,7 +157,9 @@ def test_equal_keys(form, dtype, forget):
 @every_form
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 def test_strong_decay_neither_overflows_nor_drowns_weak_decay(form, dtype):
-  check(form, inputs(2, 128, dtype=dtype, decays=(-6, 10)))
+  # sums of 64 decays of up to 20 are rounded by 6e-5
+  tolerance = 5e-5 if dtype == jnp.float32 else None
+  check(form, inputs(2, 128, dtype=dtype, decays=(-6, 10)), tolerance)
 
 
 def test_the_limit_of_decay_is_needed():
@@ -246,14 +249,15 @@ def test_wrong_results_are_out_of_tolerance():
     assert relative_error(other, expected[:, -n:]) > 5 * TOLERANCE[jnp.bfloat16], name
 
 
-@pytest.mark.parametrize('args', [equal_keys(128), inputs(9, 128)])
-def test_an_inverse_that_is_not_merged_shows(args, monkeypatch):
+def test_an_inverse_that_is_not_merged_shows(monkeypatch):
+  args = equal_keys(128)
   inverses = pallas_tpu._inverses
-  column = np.arange(128) % 64
-  near = np.arange(64)[:, None] // 32 == column // 32
-  monkeypatch.setattr(
-    pallas_tpu, '_inverses', lambda lower, dot: [x * near for x in inverses(lower, dot)]
-  )
+
+  def halves(lower, dot):
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (64, 128), axis) for axis in (0, 1))
+    return [jnp.where(row // 32 == column % 64 // 32, x, 0.0) for x in inverses(lower, dot)]
+
+  monkeypatch.setattr(pallas_tpu, '_inverses', halves)
   out, _ = pallas_tpu.gated_delta(*args, interpret=True)
   assert relative_error(out, recurrence(*wide(args))[0]) > 3 * TOLERANCE[jnp.bfloat16]
 
