@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from wallwm_jax.config import QwenConfig, VisionTowerConfig
 from wallwm_jax.models.binding import bind, fresh
-from wallwm_jax.models.vlm import gated_delta
 from wallwm_jax.models.vlm.backbone import Qwen
 from wallwm_jax.models.vlm.layers import (
   Layers,
@@ -329,67 +328,6 @@ def test_equal_tokens_are_finite_in_both_directions():
   want = reference.forward(params['text'], config, x[0], positions[:, 0])['hidden']
   assert_close('hidden', hidden[0], want, worst=1e-3)
   assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
-
-
-# The gated delta rule.
-
-
-def delta_inputs(seed, tokens, batch=2, heads=3, dk=6, dv=5):
-  rng = np.random.default_rng(seed)
-  q, k = (rng.standard_normal((batch, tokens, heads, dk)) for _ in range(2))
-  q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-  v = rng.standard_normal((batch, tokens, heads, dv))
-  g = -np.exp(rng.uniform(-6, 3, (batch, tokens, heads)))
-  beta = rng.uniform(0, 1, (batch, tokens, heads))
-  state = rng.standard_normal((batch, heads, dk, dv))
-  return [x.astype(np.float32) for x in (q, k, v, g, beta, state)]
-
-
-def delta_reference(q, k, v, g, beta, state):
-  q, k, v, g, beta, state = (np.asarray(x, np.float64) for x in (q, k, v, g, beta, state))
-  state, out = state.copy(), np.zeros(v.shape)
-  for b, t, h in np.ndindex(*g.shape):
-    s = state[b, h] * np.exp(g[b, t, h])
-    s = s + beta[b, t, h] * np.outer(k[b, t, h], v[b, t, h] - s.T @ k[b, t, h])
-    state[b, h], out[b, t, h] = s, s.T @ q[b, t, h]
-  return out, state
-
-
-@pytest.mark.parametrize(('tokens', 'chunk'), [(1, 64), (17, 64), (64, 64), (70, 32), (131, 64)])
-def test_chunks_compute_the_recurrence(tokens, chunk):
-  inputs = delta_inputs(tokens, tokens)
-  want = delta_reference(*inputs)
-  by_chunks = functools.partial(gated_delta.chunked, chunk=chunk)
-  for rule in (gated_delta.recurrent, by_chunks):
-    out, state = jax.jit(rule)(*inputs)
-    assert_close('out', out, want[0], relative=5e-6)
-    assert_close('state', state, want[1], relative=5e-6)
-
-  def loss(rule, inputs):
-    out, state = rule(*inputs)
-    return (out**2).sum() + jnp.sin(state).sum()
-
-  slow, fast = (
-    jax.jit(jax.grad(functools.partial(loss, rule)))(inputs)
-    for rule in (gated_delta.recurrent, by_chunks)
-  )
-  for name, a, b in zip(('q', 'k', 'v', 'g', 'beta', 'state'), fast, slow, strict=True):
-    assert_close(f'gradient of {name}', a, b)
-
-
-@pytest.mark.parametrize('n', [1, 2, 17, 64])
-def test_inverse_of_a_unit_lower_matrix(n):
-  rng = np.random.default_rng(n)
-  drawn = np.tril(0.3 * rng.standard_normal((2, n, n)), -1)
-  equal_keys = np.tril(np.ones((1, n, n)), -1)
-  lower = np.concatenate([drawn, equal_keys]).astype(np.float32)
-  want = np.linalg.inv(np.eye(n) + lower.astype(np.float64))
-  inverse = jax.jit(gated_delta.unit_lower_inverse)
-  assert_close('inverse', inverse(lower), want, relative=3e-6)
-  towards = rng.standard_normal(lower.shape)
-  gradient = jax.jit(jax.grad(lambda a: (inverse(a) * towards).sum()))(lower)
-  turned = want.swapaxes(-1, -2)
-  assert_close('gradient', gradient, -turned @ towards @ turned, relative=3e-6)
 
 
 # Rotary positions.

@@ -20,10 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 from wallwm_jax.config import QwenConfig
 from wallwm_jax.kernels.attention.api import dot_product_attention
 from wallwm_jax.kernels.cached_attention.api import cached_attention
+from wallwm_jax.kernels.gated_delta.api import gated_delta
 from wallwm_jax.models.layers import RMSNorm
 from wallwm_jax.models.rope import Rotation
 from wallwm_jax.models.stack import rematerialise, stack_blocks
-from wallwm_jax.models.vlm import gated_delta
 from wallwm_jax.models.vlm.cache import PromptCache
 from wallwm_jax.models.vlm.rotary import rotate
 from wallwm_jax.parallel.constraints import constrain, partitioned
@@ -273,10 +273,10 @@ class _LinearBlock(_Block):
     beta = jnp.where(real, jax.nn.sigmoid(self.b(h, f32)), 0.0)
     step = jax.nn.softplus(self.a(h, f32) + self.dt_bias[...])
     g = jnp.where(real, -jnp.exp(self.log_decay[...]) * step, 0.0)
-    rule = gated_delta.recurrent if n == 1 else gated_delta.chunked
-    out, state = rule(q, k, v, g, beta, state)
+    q, k, v = (x.astype(h.dtype) for x in (q, k, v))
+    out, state = gated_delta(q, k, v, g, beta, state)
     gate = jax.nn.silu(self.z(h).astype(f32)).reshape(out.shape)
-    return self.out((self.out_norm(out) * gate).reshape(b, n, -1)), (conv, state)
+    return self.out((self.out_norm(out.astype(f32)) * gate).reshape(b, n, -1)), (conv, state)
 
   def _start(self, batch: int, dtype):
     c = self.config
@@ -284,7 +284,8 @@ class _LinearBlock(_Block):
     return jnp.zeros((batch, c.conv - 1, c.conv_channels), dtype), jnp.zeros(state)
 
   def _convolve(self, inputs, n: int):
-    """q, k, v [B, n, Hv, ...] float32 of [q | k | v] with the K - 1 inputs before them."""
+    """q, k [B, n, Hk, dk] and v [B, n, Hv, dv], float32, of [q | k | v] with the K - 1 inputs
+    before them."""
     c, taps = self.config, self.conv.kernel[...]
     mixed = sum(taps[j] * inputs[:, j : j + n].astype(jnp.float32) for j in range(c.conv))
     keys = c.linear_key_heads * c.linear_key_dim
@@ -292,9 +293,7 @@ class _LinearBlock(_Block):
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x, heads in zip(
       parts, (c.linear_key_heads, c.linear_key_heads, c.linear_value_heads), strict=True
     ))
-    group = c.linear_value_heads // c.linear_key_heads
-    q, k = (jnp.repeat(_unit(x), group, 2) for x in (q, k))
-    return q * c.linear_key_dim**-0.5, k, v
+    return _unit(q) * c.linear_key_dim**-0.5, _unit(k), v
 
 
 class Projection(nnx.Module):

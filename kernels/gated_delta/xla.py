@@ -1,12 +1,7 @@
-"""The gated delta rule, a linear attention whose state forgets and corrects itself.
+"""The rule by chunks of tokens: dense products inside a chunk, a scan over chunks.
 
-Per head, state S [dk, dv], token (q, k, v, g <= 0, beta in 0..1):
-
-  S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   o = S^T q
-
-Source: Gated Delta Networks (arXiv 2412.06464); by chunks as in section 3.3 there and in
-DeltaNet (arXiv 2406.06484). Everything is float32. A token with beta = 0 and g = 0 leaves the state
-as it is.
+Section 3.3 of Gated Delta Networks (arXiv 2412.06464) and DeltaNet (arXiv 2406.06484). Everything
+is float32.
 """
 
 from __future__ import annotations
@@ -23,37 +18,12 @@ from jaxtyping import Array, Float
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
-def recurrent(
-  q: Float[Array, 'B S H dk'],
-  k: Float[Array, 'B S H dk'],
-  v: Float[Array, 'B S H dv'],
-  g: Float[Array, 'B S H'],
-  beta: Float[Array, 'B S H'],
-  state: Float[Array, 'B H dk dv'],
-) -> tuple[Float[Array, 'B S H dv'], Float[Array, 'B H dk dv']]:
-  """(o, state after the last token), one token after another: for a few of them.
-
-  Args:
-    q, k: of unit length (q also scaled by dk^-0.5).
-  """
-
-  def step(state, token):
-    q, k, v, g, beta = token
-    state = state * jnp.exp(g)[..., None, None]
-    error = v - jnp.einsum('bhkv,bhk->bhv', state, k, precision='highest')
-    state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
-    return state, jnp.einsum('bhkv,bhk->bhv', state, q, precision='highest')
-
-  tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta))
-  state, out = jax.lax.scan(step, state, tokens)
-  return jnp.moveaxis(out, 0, 1), state
-
-
-def chunked(q, k, v, g, beta, state, chunk: int = 64):
-  """What `recurrent` computes, by chunks of tokens: matmuls inside a chunk, a scan over chunks."""
-  tokens = q.shape[1]
+def gated_delta(q, k, v, g, beta, state, chunk: int = 64):
+  """See `api.gated_delta`."""
+  dtype, tokens, group = v.dtype, q.shape[1], v.shape[2] // k.shape[2]
   chunk = min(chunk, tokens)
-  q, k, v, g, beta = (_by_chunks(x, chunk) for x in (q, k, v, g, beta))
+  q, k = (jnp.repeat(x, group, 2) for x in (q, k))
+  q, k, v, g, beta = (_by_chunks(x.astype(jnp.float32), chunk) for x in (q, k, v, g, beta))
   decay = jnp.cumsum(g, -1)  # log of what is left at a token of the state before the chunk
   order = np.arange(chunk)[:, None] - np.arange(chunk)
   # Hidden before the exponential: above the diagonal it may overflow, and so would its gradient.
@@ -76,7 +46,7 @@ def chunked(q, k, v, g, beta, state, chunk: int = 64):
 
   state, out = jax.lax.scan(step, state, (values, reads, scores, queries, keys, left))
   out = jnp.transpose(out, (1, 0, 3, 2, 4))  # [chunks, B, H, chunk, dv] -> [B, chunks, chunk, ...]
-  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :tokens], state
+  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :tokens].astype(dtype), state
 
 
 def _by_chunks(x, chunk: int):

@@ -1,0 +1,1 @@
+"""The gated delta rule, a linear attention whose state forgets and corrects itself."""
