@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 from wallwm_jax.data import stats as data_stats
 from wallwm_jax.inference import export, exported, programs
@@ -243,6 +244,8 @@ def test_captions_come_along(policy, texts):
   message = "'pick up the rod block'.*nearest: 'pick up the red block'.*wallwm export --text"
   with pytest.raises(DataError, match=message):
     policy.text('pick up the rod block')
+  with pytest.raises(DataError, match='captions: expected at least one'):
+    policy.text([])
 
 
 def test_captions_are_narrow_only_where_nothing_is_lost():
@@ -364,6 +367,19 @@ def test_the_tpu_program_compiles_for_a_tpu(cfg, params, with_kernel):
   text = compiled.as_text()
   assert 'custom_call_target="tpu_custom_call"' in text and 'conditional(' not in text
   assert [x.shape for x in jax.tree.leaves(compiled.out_info)][1] == (3, 8, 10)
+
+
+def test_a_kernel_without_a_promise_is_noted():
+  """Triton's encoding may change: its programs are bound to the JAX that wrote them."""
+
+  def kernel(x):
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(_double, out, compiler_params=triton.CompilerParams(num_warps=4))(x)
+
+  allowed = [jax.export.DisabledSafetyCheck.custom_call(n) for n in programs.UNSTABLE_CALLS]
+  trace = jax.export.export(jax.jit(kernel), platforms=['cuda'], disabled_checks=allowed)
+  made = trace(jax.ShapeDtypeStruct((128, 128), jnp.float32))
+  assert programs.Program('event', 2, made, 1, '').unstable_calls == [*programs.UNSTABLE_CALLS]
 
 
 def test_another_fault_than_the_symbol_is_raised(cfg, params, monkeypatch):
@@ -557,6 +573,8 @@ def test_bytes_that_are_no_program_are_refused(copy):
     ({'length': np.float32([1])}, 'event.length: expected int32'),
     ({'committed': np.zeros((1, 8, 10), np.float32)}, 'together with committed_mask'),
     (committed(1, 20, 20), 'at most 16 steps, got 20'),
+    (committed(2, 8, 1), r'committed: expected float32 \[1, 8, 10\], got float32 \[2, 8, 10\]'),
+    ({'committed': np.zeros(3, np.float32), 'committed_mask': np.True_}, 'committed: expected'),
     ({'key': np.zeros((2, 2), np.uint32)}, r'event.key: expected uint32 \[1, 2\]'),
   ],
 )  # fmt: skip

@@ -89,6 +89,8 @@ class ExportedPolicy:
     """
     spec = self._entry('unified', None)['inputs']['text_features']['shape'][1:]
     captions = [captions] if isinstance(captions, str) else list(captions)
+    if not captions:
+      raise DataError('captions: expected at least one, got none.')
     features = np.zeros((len(captions), *spec), np.float32)
     for row, caption in zip(features, captions):
       stored = self._features.get(FEATURES + caption.strip())
@@ -484,8 +486,8 @@ def _filled(inputs: dict[str, Any], entry: dict[str, Any], rows: int) -> dict[st
 def _last(mask: Any) -> int:
   """Steps up to the last one that is set in any row of [B, n]."""
   mask = np.asarray(mask)
-  used = np.flatnonzero(mask.any(0)) if mask.ndim == 2 else mask[:0]
-  return int(used[-1]) + 1 if used.size else 0
+  used = np.flatnonzero(mask.any(0)) if mask.ndim == 2 else ()
+  return int(used[-1]) + 1 if len(used) else 0
 
 
 def _check_array(where: str, x: Any, shape: Sequence[int], dtype: str) -> None:
