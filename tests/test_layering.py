@@ -30,7 +30,15 @@ ALLOWED = {
   'weights': VOCABULARY | {'parallel'},
   'text': VOCABULARY | {'models.functional', 'parallel', 'weights'},
   'inference': VOCABULARY
-  | {'models.functional', 'models.language', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
+  | {
+    'models.functional',
+    'models.language',
+    'diffusion',
+    'kernels.*.api',
+    'parallel',
+    'geometry',
+    'weights.staging',  # exported folders appear whole or not at all, as weight folders do
+  },
   'envs': VOCABULARY | {'geometry', 'data.schema', 'data.phrases', 'data.primitives'},
   'evaluation': VOCABULARY | {'envs', 'geometry', 'data'},
   'training': VOCABULARY

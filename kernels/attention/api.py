@@ -7,7 +7,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from wallwm_jax.kernels.attention import splash_tpu, xla
 from wallwm_jax.types import ConfigError
@@ -130,7 +129,6 @@ def _check_segments(q, k, segments):
 
 
 def _broadcasts(shape, target) -> bool:
-  try:
-    return np.broadcast_shapes(shape, target) == target
-  except ValueError:
-    return False
+  """Of sizes that may be symbolic: an exported policy is traced with any number of rows."""
+  aligned = zip(reversed(shape), reversed(target))
+  return len(shape) <= len(target) and all(n == 1 or n == want for n, want in aligned)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wallwm_jax import cli
-from wallwm_jax.commands import rollout
+from wallwm_jax.commands import rollout, serve
 
 
 @pytest.mark.slow
@@ -64,8 +64,36 @@ def test_train_evaluate_and_export_a_tiny_run(experiment, store, tmp_path, capsy
   assert cold['total_s'] == pytest.approx(parts) and cold['first_chunk_s'] > 0
   assert 'warm cache' in page.read_text()
 
-  run('export', '--workdir', workdir, '--out', policy, '--bucket', '2')
-  assert (policy / 'signature.json').is_file()
+  captions = tmp_path / 'captions.txt'
+  captions.write_text('go there\n\ncome back\ngo there\n')
+  planned = json.loads(run('export', workdir, '--out', policy, '--dry-run', '--text', captions))
+  assert not policy.exists() and planned['captions'] == 2
+  made = json.loads(run('export', workdir, '--out', policy, '--buckets', '2', '--text', captions))
+  assert [p['batch'] for p in made['programs']] == [None, None] and made['captions'] == 2
+  served = serve.make_policy(cli.make_parser().parse_args(['serve', '--artifact', str(policy)]))
+  image = np.zeros((16, 16, 3), np.uint8)
+  views = {'observation/front': image, 'observation/side': image}
+  work = served.check(
+    views | {'observation/state': np.eye(10)[3] + np.eye(10)[7], 'event': 'go there'},
+    served.start(),
+  )
+  assert served.infer([work])[0]['actions'].shape == (8, 10)
+
+
+def test_an_export_needs_what_it_is_asked_for(experiment, tmp_path, capsys):
+  empty = tmp_path / 'empty.txt'
+  empty.write_text('\n')
+  config = ['export', '--config', str(experiment), '--out', str(tmp_path / 'policy')]
+  for more, message in (
+    ([], '--programs-only'),
+    (['--programs-only', '--platforms', 'gpu'], 'platforms: expected some of'),
+    (['--programs-only', '--buckets', '9'], 'event bucket: expected 1..4'),
+    (['--programs-only', '--text', str(empty)], 'expected captions, one a line'),
+  ):
+    assert cli.main([*config, *more]) == 1 and message in capsys.readouterr().err
+  assert not (tmp_path / 'policy').exists()
+  with pytest.raises(SystemExit):
+    cli.main([*config, '--batch', '0'])
 
 
 def test_data_stats_are_written_and_read_back(experiment, store, tmp_path, capsys):

@@ -20,7 +20,7 @@ def add_parser(verbs) -> None:
   )
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument('--workdir', help='trained run')
-  which.add_argument('--artifact', help='folder that `wallwm export` wrote with --batch 1')
+  which.add_argument('--artifact', help='folder that `wallwm export` wrote')
   which.add_argument('--echo', action='store_true', help='no model: every action is the state')
   parser.add_argument(
     '--modes',
@@ -100,9 +100,11 @@ def make_policy(args: argparse.Namespace):
 
   if args.artifact and args.store:
     raise ConfigError('--store: an exported policy has no VLM to plan with. Serve --workdir.')
-  engine, params = _exported(args) if args.artifact else _trained(args)
+  engine, params, exported = _exported(args) if args.artifact else (*_trained(args), None)
   config = engine.config
   encode = make_text_encoder(config.model.text).encode
+  if exported is not None:
+    encode = _with_captions(exported, encode)
   speakers = _speakers(args.store, config, params, encode) if args.store else None
   return ModelPolicy(
     engine,
@@ -111,6 +113,7 @@ def make_policy(args: argparse.Namespace):
     modes=args.modes,
     keys=_keys(args, config),
     speakers=speakers,
+    **({'example': exported.captions[0]} if exported and exported.captions else {}),
     # Where its text was latents, no other text was ever seen in training.
     source='staircase' if speakers and config.data.text == 'staircase' else '',
   )
@@ -128,16 +131,34 @@ def _trained(args: argparse.Namespace):
 
 
 def _exported(args: argparse.Namespace):
-  """(engine, None) of --artifact."""
+  """(engine, None, policy) of --artifact."""
   import ml_collections
 
   from wallwm_jax.config import from_config_dict
-  from wallwm_jax.inference.exported import load_exported
+  from wallwm_jax.inference.export import load
   from wallwm_jax.inference.serve.engines import ExportedEngine
 
-  policy = load_exported(args.artifact)
-  config = from_config_dict(ml_collections.ConfigDict(policy.signature['config']))
-  return ExportedEngine(policy, config, bucket=args.bucket, seed=args.seed), None
+  policy = load(args.artifact)
+  config = from_config_dict(ml_collections.ConfigDict(policy.manifest['config']))
+  options = {'bucket': args.bucket, 'max_batch': args.max_batch, 'seed': args.seed}
+  return ExportedEngine(policy, config, **options), None, policy
+
+
+def _with_captions(policy, encode):
+  """`encode`, asked only for captions whose features were not exported."""
+  from wallwm_jax.types import CheckpointError, DataError, Text
+
+  def features(captions):
+    try:
+      text = policy.text(captions)
+    except DataError as unknown:
+      try:
+        return encode(captions)
+      except CheckpointError as error:
+        raise DataError(f'{unknown} It could not be encoded here either: {error}') from error
+    return Text(text['text_features'], text['text_mask'])
+
+  return features
 
 
 def _store(path: str) -> tuple[list[str], float]:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from wallwm_jax.types import CheckpointError
 
@@ -25,15 +25,25 @@ def check_new(out: str | os.PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def new_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(
+  out: str | os.PathLike, check: Callable[[pathlib.Path], object] = check_new
+) -> Iterator[pathlib.Path]:
   """A hidden folder beside `out` that becomes `out` by one rename when the block ends well.
 
   An error removes it; what a killed run left is removed by the next one.
 
+  Args:
+    check: raises where `out` may not be written. What it lets pass stands aside as .NAME.replaced
+      until the new folder is in its place, and is removed then; should a run be killed just there,
+      the next one puts it back.
+
   Raises:
-    CheckpointError: `out` exists, or another run is writing it.
+    CheckpointError: `check` says so, or another run is writing `out`.
   """
-  out = check_new(out)
+  out = pathlib.Path(out).absolute()
+  if (aside := _aside(out)).exists() and not out.exists():
+    os.rename(aside, out)
+  check(out)
   out.parent.mkdir(parents=True, exist_ok=True)
   work = out.parent / f'.{out.name}.partial'
   work.mkdir(exist_ok=True)
@@ -46,14 +56,30 @@ def new_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
       _empty(work)
       yield work
-      if out.exists():
-        out.rmdir()
-      os.rename(work, out)
+      _take_place(work, out)
     except BaseException:
       shutil.rmtree(work, ignore_errors=True)
       raise
   finally:
     os.close(lock)
+
+
+def _take_place(work: pathlib.Path, out: pathlib.Path) -> None:
+  aside = _aside(out)
+  if out.exists():
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(out, aside)
+  try:
+    os.rename(work, out)
+  except OSError:
+    if aside.exists():
+      os.rename(aside, out)
+    raise
+  shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(out: pathlib.Path) -> pathlib.Path:
+  return out.parent / f'.{out.name}.replaced'
 
 
 def _empty(folder: pathlib.Path) -> None:

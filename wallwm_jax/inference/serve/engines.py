@@ -28,13 +28,14 @@ _FUNCTIONS = {'event': 'event', 'chunk': 'unified'}  # mode -> function of an ex
 
 
 class Engine(Protocol):
-  """config: of the model; windows: of each mode that it has; commits: whether actions can be
-  committed; sizes: numbers of rows that a program is compiled for; norm_hash: of its statistics.
+  """config: of the model; windows: of each mode that it has; lengths: the longest predictions, in
+  future latents, of each mode's programs; sizes: numbers of rows that a program is compiled for;
+  norm_hash: of its statistics.
   """
 
   config: ExperimentConfig
   windows: Mapping[Mode, Window]
-  commits: bool
+  lengths: Mapping[Mode, Sequence[int]]
   sizes: Sequence[int]
   norm_hash: str
 
@@ -69,8 +70,6 @@ class ModelEngine:
     ConfigError: a bucket that the model does not have.
   """
 
-  commits = True
-
   def __init__(
     self,
     config: ExperimentConfig,
@@ -83,7 +82,8 @@ class ModelEngine:
     self.config, self._params, self._key = config, params, jax.random.key(seed)
     bucket = config.data.buckets[-1] if bucket is None else bucket
     self.windows = {'event': Window.event(config, bucket), 'chunk': Window.chunk(config)}
-    self.sizes = sorted({min(2**i, max_batch) for i in range(max_batch.bit_length() + 1)})
+    self.lengths = {mode: [window.future] for mode, window in self.windows.items()}
+    self.sizes = _sizes(max_batch)
     self.norm_hash = stats_hash(params.norm)
     self._act = {
       mode: jax.jit(functools.partial(_act, cfg=config, window=window))
@@ -92,25 +92,24 @@ class ModelEngine:
 
   def act(self, mode, obs, text, length, committed, turns) -> np.ndarray:
     count = len(turns)
-    size = next((size for size in self.sizes if size >= count), count)
+    size = _size(count, self.sizes)
     rows = np.minimum(np.arange(size), count - 1)
     inputs = jax.tree.map(lambda x: np.asarray(x)[rows], (obs, text, length, committed, turns))
     return np.asarray(self._act[mode](self._params, *inputs, self._key))[:count]
 
 
 class ExportedEngine:
-  """A policy that `wallwm export` wrote; its rows are computed one by one.
+  """A policy that `wallwm export` wrote.
 
   Args:
-    policy: of `load_exported`; config: the one in its signature. bucket: only to be compared with
-      that of the export. seed: of the noise, the same as a model's of this seed.
+    policy: of `export.load`; config: the one in its manifest. bucket: future latents N of event
+      mode, up to the longest one that was exported. max_batch: most rows of a call where their
+      number is free; else calls have as many as the policy was exported for. seed: of the noise,
+      the same as a model's of this seed.
 
   Raises:
-    ConfigError: another bucket than it was exported with, or a batch size that is not 1.
+    ConfigError: events longer than any that was exported.
   """
-
-  commits = False
-  sizes = (1,)
 
   def __init__(
     self,
@@ -118,41 +117,73 @@ class ExportedEngine:
     config: ExperimentConfig,
     *,
     bucket: int | None = None,
+    max_batch: int = 8,
     seed: int = 0,
   ):
     self.config, self._policy, self._key = config, policy, jax.random.key(seed)
-    fixed = policy.signature
-    if bucket not in (None, fixed['bucket']):
+    longest = policy.buckets[-1]
+    if bucket is not None and not 1 <= bucket <= longest:
       raise ConfigError(
-        f'bucket: expected {fixed["bucket"]}, fixed when the policy was exported, got {bucket}. '
-        'Export again with another --bucket, or serve the run with --workdir.'
-      )
-    if fixed['batch_size'] != 1:
-      raise ConfigError(
-        f'batch size of the exported policy: expected 1, got {fixed["batch_size"]}: its rows share '
-        'their noise, so that an answer would depend on who else asks. Export it with --batch 1.'
+        f'bucket: expected 1 to {longest}, the longest of those exported, {policy.buckets}, got '
+        f'{bucket}. Export again with another --buckets, or serve the run with --workdir.'
       )
     self.windows = {
-      'event': Window.event(config, fixed['bucket']),
+      'event': Window.event(config, bucket or longest),
       'chunk': Window.chunk(config),
     }
-    self.norm_hash = fixed['stats_hash']
+    whole = self.windows['event'].future
+    events = sorted({min(exported, whole) for exported in policy.buckets})
+    self.lengths = {'event': events, 'chunk': [config.model.future]}
+    self.sizes = _sizes(max_batch)
+    self.norm_hash = policy.manifest['stats_hash']
 
   def act(self, mode, obs, text, length, committed, turns) -> np.ndarray:
-    rows = []
-    for i, turn in enumerate(turns):
-      inputs = {
-        'frames': obs.frames[i : i + 1],
-        'state': obs.state[i : i + 1],
-        'view_mask': obs.view_mask[i : i + 1],
-        'text_features': np.asarray(text.features)[i : i + 1],
-        'text_mask': np.asarray(text.mask)[i : i + 1],
-        'key': np.asarray(jax.random.key_data(jax.random.fold_in(self._key, turn))),
-      }
-      if mode == 'event':
-        inputs['length'] = length[i : i + 1]
-      rows.append(getattr(self._policy, _FUNCTIONS[mode])(inputs)['actions'])
-    return np.concatenate(rows)
+    keys = jax.random.key_data(jax.vmap(lambda turn: jax.random.fold_in(self._key, turn))(turns))
+    inputs = {
+      'frames': obs.frames,
+      'state': obs.state,
+      'view_mask': obs.view_mask,
+      'text_features': text.features,
+      'text_mask': text.mask,
+      'key': keys,
+      'committed': np.asarray(committed.actions, np.float32),
+      'committed_mask': committed.mask,
+    }
+    if mode == 'event':
+      inputs['length'] = length
+    inputs = {name: np.asarray(x) for name, x in inputs.items()}
+    steps = self.windows[mode].future * self.config.model.steps_per_latent
+    actions = np.zeros((len(turns), steps, self.config.model.action_spec.dim), np.float32)
+    buckets: dict[int | None, list[int]] = {}
+    for row in range(len(turns)):
+      last = inputs['committed_mask'][row].sum()  # committed steps are the first ones
+      bucket = self._policy.bucket(length[row], last) if mode == 'event' else None
+      buckets.setdefault(bucket, []).append(row)
+    for bucket, rows in buckets.items():
+      found = self._predict(_FUNCTIONS[mode], bucket, inputs, rows)
+      # A bucket may be shorter or longer than the window; what the event is meant for fits both.
+      actions[rows] = found[:, np.minimum(np.arange(steps), found.shape[1] - 1)]
+    return actions
+
+  def _predict(self, name: str, bucket: int | None, inputs, rows: list[int]) -> np.ndarray:
+    """Actions [n, K, A] of n rows that one program answers."""
+    size = self._policy.batch(name, bucket) or _size(len(rows), self.sizes)
+    found = []
+    for first in range(0, len(rows), size):
+      some = rows[first : first + size]
+      padded = [*some, *some[-1:] * (size - len(some))]
+      outputs = getattr(self._policy, name)({key: x[padded] for key, x in inputs.items()})
+      found.append(np.asarray(outputs['actions'])[: len(some)])
+    return np.concatenate(found)
+
+
+def _sizes(max_batch: int) -> list[int]:
+  """Powers of two up to the most rows of a call, so that few programs are compiled."""
+  return sorted({min(2**i, max_batch) for i in range(max_batch.bit_length() + 1)})
+
+
+def _size(count: int, sizes: Sequence[int]) -> int:
+  return next((size for size in sizes if size >= count), count)
 
 
 def _act(params, obs, text, length, committed, turns, key, *, cfg, window):

@@ -4,7 +4,8 @@ A request holds the state, one picture (or the pictures since the last request, 
 every camera, text, the `mode` and the `source` of text; a session keeps texts, mode and source
 until others come, what its source has planned, and the past that unified mode looks back on.
 `reset` forgets all. A client may say which `action_dim` and `norm_hash` it counts on, and is
-refused where this model has others. Every other field is an error that names it.
+refused where this model has others. `length` is how many steps an event of the client's shall last,
+all that event mode has unless it says so. Every other field is an error that names it.
 
 Sources of text: 'instruction' is the client's `prompt` and 'atomic' its `event`; unless a session
 has chosen, it is told by the text that came last. 'planner', 'conditioned' and 'staircase' ask a
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +49,7 @@ GIVEN = {'atomic': EVENT, 'instruction': PROMPT}  # sources that are a text of t
 # Features of texts that are kept: those of UMT5 are 512 x 4096 floats, 8 MiB a text.
 _TEXTS = 64
 _CLAIMS = ('action_dim', 'norm_hash')  # what a client may rely on, told in the metadata
-_OPTIONS = ('mode', 'source', 'reset', 'executed', 'delay', *_CLAIMS)
+_OPTIONS = ('mode', 'source', 'length', 'reset', 'executed', 'delay', *_CLAIMS)
 
 
 @dataclasses.dataclass
@@ -73,7 +75,8 @@ class Session:
 class Work:
   """One request, checked: frames uint8 [V, T, H, W, 3], state float32 [A], the absolute actions
   float32 [n, A] that its robot will have executed before the reply takes over, and who tells it
-  what: the text of a client's own source, or the tokens that a VLM is asked with."""
+  what: the text of a client's own source, for `length` latents, or the tokens that a VLM is asked
+  with."""
 
   frames: np.ndarray
   state: np.ndarray
@@ -81,6 +84,7 @@ class Work:
   mode: Mode
   source: str
   text: str
+  length: int
   prompt: Prompt | None
   session: Session
 
@@ -93,7 +97,7 @@ class ModelPolicy:
     resize: (uint8 [T, H, W, 3], (H', W')) -> uint8 [T, H', W', 3]. modes: what sessions may ask
       for, the first unless they do. keys: names of the fields (Keys.of).
     speakers: of a model whose VLM may tell it; source: the source of sessions that choose none, ''
-      = the text that came last.
+      = the text that came last. example: a text that `encode` knows, to warm up with.
 
   Raises:
     ConfigError: keys of other views, or an unknown source.
@@ -111,6 +115,7 @@ class ModelPolicy:
     keys: Keys | None = None,
     speakers: Speakers | None = None,
     source: str = '',
+    example: str = 'warm up',
   ):
     config = engine.config
     self._engine, self._config, self._resize = engine, config, resize
@@ -123,7 +128,7 @@ class ModelPolicy:
     self._sources = (*GIVEN, *(speakers.names if speakers else ()))
     if source and source not in self._sources:
       raise ConfigError(f'source: expected one of {list(self._sources)}, got {source!r}.')
-    self._source = source
+    self._source, self._example = source, example
     self._windows = {mode: engine.windows[mode] for mode in modes}
     self._rate = config.model.steps_per_latent
     self._past = self._rate * max(window.history for window in self._windows.values())
@@ -152,6 +157,7 @@ class ModelPolicy:
     session.texts = session.texts | given
     session.told = next(iter(given), session.told)
     source, text, prompt = self._told(request, session)
+    length = self._asked(request, mode, source)
     state = fields.numbers(request, keys.state, dim)
     committed = self._committed(request, session)
     came = {view: self._pictures(request, view) for view in self._config.model.views}
@@ -166,7 +172,7 @@ class ModelPolicy:
     vars(memory).update(vars(session))
     needed = 1 + self._rate * self._windows[mode].history
     frames = np.stack([x[len(x) - needed :] for x in seen.values()])
-    return Work(frames, state, committed, mode, source, text, prompt, memory)
+    return Work(frames, state, committed, mode, source, text, length, prompt, memory)
 
   def infer(self, works: Sequence[Work]) -> list[dict[str, Any]]:
     """For each {'actions': float32 [K, A] absolute targets, 'chunk_len': how many of them are of
@@ -193,15 +199,15 @@ class ModelPolicy:
     model = self._config.model
     upright = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1, 0, 1]), model.action_spec.arms)
     nothing = np.zeros((0, len(upright)), np.float32)
-    words = 'warm up'
     for mode, window in self._windows.items():
       shape = (len(model.views), 1 + self._rate * window.history, *model.image_size, 3)
       inputs = (np.zeros(shape, np.uint8), upright, nothing, mode)
-      for size in self._engine.sizes:
-        self.infer([Work(*inputs, 'atomic', words, None, self.start())] * size)
+      for size, length in itertools.product(self._engine.sizes, self._engine.lengths[mode]):
+        self.infer([Work(*inputs, 'atomic', self._example, length, None, self.start())] * size)
       for source in self._speakers.names if self._speakers else ():
-        session = dataclasses.replace(self.start(), texts={PROMPT: words})
-        self.infer([Work(*inputs, source, '', self._speakers.prompt(words), session)])
+        session = dataclasses.replace(self.start(), texts={PROMPT: self._example})
+        prompt = self._speakers.prompt(self._example)
+        self.infer([Work(*inputs, source, '', window.future, prompt, session)])
 
   def _describe(self) -> dict[str, Any]:
     model = self._config.model
@@ -218,7 +224,7 @@ class ModelPolicy:
       'views': list(model.views),
       'image_size': list(model.image_size),
       'past_frames': self._past,
-      'real_time_chunking': self._engine.commits,
+      'real_time_chunking': True,
       'fields': {
         'state': self._keys.state,
         'views': dict(self._keys.views),
@@ -251,11 +257,25 @@ class ModelPolicy:
     except WallWMError as error:
       raise DataError(f'{name}: expected a text that the VLM can be asked with. {error}') from None
 
+  def _asked(self, request: Mapping[str, Any], mode: Mode, source: str) -> int:
+    """Future latents that what a client tells shall last."""
+    whole = self._windows[mode].future
+    if 'length' not in request:
+      return whole
+    if mode != 'event' or source not in GIVEN:
+      raise DataError(
+        f'length: expected none in mode {mode!r} with source {source!r}: only events that a client '
+        'tells last as long as it says.'
+      )
+    steps = fields.steps(request, 'length')
+    if not 1 <= steps <= self._steps(mode):
+      raise DataError(f'length: expected 1 to {self._steps(mode)} steps, got {steps}.')
+    return -(-steps // self._rate)
+
   def _hear(self, work: Work) -> tuple[Said, Held | None]:
     """What the source of a request says, and what it remembers then."""
-    whole = self._windows[work.mode].future
     if work.prompt is None:
-      return Said(self._encode(work.text), whole, work.text, whole), None
+      return Said(self._encode(work.text), work.length, work.text, work.length), None
     session = work.session
     task, memory = session.plans.get(work.source) or ('', self._speakers.start(work.source))
     hold = work.mode == 'chunk' and task == session.texts[PROMPT]
@@ -308,11 +328,6 @@ class ModelPolicy:
       raise DataError(
         f'delay: executed {begin} + delay {count} steps, but the last reply had '
         f'{len(session.last)}.'
-      )
-    if count and not self._engine.commits:
-      raise DataError(
-        f'delay: expected 0, got {count}: an exported policy cannot keep to actions that are being '
-        'executed. Wait for the reply, or serve the run itself.'
       )
     return session.last[begin : begin + count]
 
