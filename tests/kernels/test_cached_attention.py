@@ -27,19 +27,22 @@ KERNELS = {
   ),
   'gpu': functools.partial(pallas_gpu.cached_attention, interpret=True),
 }
-every_kernel = pytest.mark.parametrize('form', KERNELS)
-every_form = pytest.mark.parametrize('form', [*KERNELS, 'xla'])
+# The simulation is slow; against the reference it runs always.
+SIMULATED = pytest.param('tpu, simulated', marks=pytest.mark.slow)
+every_kernel = pytest.mark.parametrize('form', ['tpu', SIMULATED, 'gpu'])
+every_form = pytest.mark.parametrize('form', ['tpu', SIMULATED, 'gpu', 'xla'])
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  """The kernels run on a CPU, in blocks of 128 slots, two heads at a time out of a group of two."""
+  """The kernels run on a CPU."""
   for form, kernel in KERNELS.items():
     monkeypatch.setitem(api._BACKENDS, form, kernel)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
+  """Blocks of 128 slots: several of them, the last one in parts."""
   monkeypatch.setattr(pallas_tpu, '_CONFIG', pallas_tpu.Config(lanes=256, block=1, interleave=2))
 
 
@@ -115,7 +118,7 @@ def relative_error(got, expected):
 # Numbers
 
 
-@every_form
+@pytest.mark.parametrize('form', [*KERNELS, 'xla'])
 @every_call
 def test_matches_the_reference(form, call, small_blocks):
   operands, keywords = call.draw()
