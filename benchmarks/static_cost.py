@@ -186,7 +186,7 @@ class _Total:
         raise WallWMError(f'{op.name}: the compiler did not simulate this kernel.')
     else:
       moved = self.traffic.of(op, made)
-    beside = op.opcode == 'copy-start'
+    beside = op.opcode in ('copy-start', 'slice-start')
     by_bytes = 0.0 if beside else moved / self.chip.hbm_bytes_per_s
     modelled = (op.cycles or 0) / self.chip.clock_hz
     self.given_up += bool(op.cycles) and not op.simulated

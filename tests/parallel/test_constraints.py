@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from wallwm_jax.config import MeshConfig
-from wallwm_jax.parallel.constraints import activation_sharding, constrain
+from wallwm_jax.parallel.constraints import (
+  activation_sharding,
+  constrain,
+  map_batch,
+  splits_only_batch,
+)
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.types import ConfigError
 
@@ -67,3 +72,33 @@ def test_a_dimension_that_does_not_divide_is_named():
   with activation_sharding(make_mesh(MeshConfig(context=2)), RULES):
     with pytest.raises(ConfigError, match=r'dimension 1 \(patch\) of size 9.*context'):
       constrain(jnp.ones((4, 9)), 'batch', 'patch')
+
+
+def test_map_batch_gives_every_device_its_samples():
+  x, table = np.arange(24.0).reshape(8, 3), np.arange(3.0)
+  local = []
+
+  def run(x, pair):
+    local.append(x.shape)
+    return x * pair[0] + pair[1]
+
+  def on(config):
+    with activation_sharding(make_mesh(config), RULES):
+      return map_batch(run, (True, (False, True)), x, (table, x))
+
+  for config in (MeshConfig(), MeshConfig(fsdp=4), MeshConfig(replica=2, fsdp=4)):
+    np.testing.assert_array_equal(jax.jit(lambda config=config: on(config))(), x * table + x)
+  assert local == [(8, 3), (2, 3), (1, 3)]
+  np.testing.assert_array_equal(map_batch(run, (True, (False, True)), x, (table, x)), x * table + x)
+  with pytest.raises(ConfigError, match=r'does not split leading axes \[8, 8\] alone'):
+    on(MeshConfig(fsdp=2, tensor=2))
+
+
+def test_which_meshes_split_only_the_batch():
+  assert splits_only_batch(7)
+  for config, size, only in (
+    (MeshConfig(), 7, True), (MeshConfig(fsdp=4), 8, True), (MeshConfig(fsdp=4), 6, False),
+    (MeshConfig(fsdp=2, context=2), 8, False), (MeshConfig(replica=2, tensor=2), 8, False),
+  ):  # fmt: skip
+    with activation_sharding(make_mesh(config), RULES):
+      assert splits_only_batch(size) == only

@@ -91,6 +91,8 @@ INDEX = op('i', 's32[]{:T(128)S(6)} parameter(1)')
     ('f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer', 64),
     ('f32[4,8]{1,0} fusion(%x, %u, %i), kind=kLoop, calls=%updated', 64),
     ('(f32[4,8]{1,0:S(1)}, f32[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x)', 128),
+    ('((f32[4,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1]}', 32),
+    ('f32[1,8]{1,0:S(1)} slice-done(%x)', 0),
   ],
 )
 def test_bytes_of_memory_count_slices_and_not_the_core(instruction, moved):

@@ -27,6 +27,7 @@ _BYTES = {
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _FREE = (
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'copy-done',
+  'slice-done',
 )  # fmt: skip
 _CONTEXT_BYTES = 4  # scalars in the result of an asynchronous start
 _INSTRUCTION = re.compile(r'^\s*(ROOT )?%([\w.\-]+) = (.*)$')
@@ -254,6 +255,8 @@ class Traffic:
       return 0
     if op.opcode == 'copy-start':  # (destination, source, context)
       return sum(op.hbm[:2])
+    if op.opcode == 'slice-start':  # ((source), destination, context): a part is prefetched
+      return (op.result[1] if op.hbm[0] else 0) + op.hbm[1]
     reads = [sum(made[name].hbm) if name in made else 0 for name in op.operands]
     if op.opcode in _SLICES:
       return min(reads[0], sum(op.result)) + sum(op.hbm)
