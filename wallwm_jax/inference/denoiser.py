@@ -10,6 +10,7 @@ Source: WALL-WM (arXiv 2606.01955).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -164,32 +165,29 @@ def anchor_sigmas(cfg: ExperimentConfig) -> np.ndarray:
 
 def denoise_video(params: InferenceParams, cond: Conditioning, noise: Latents, *,
                   cfg: ExperimentConfig, sigmas: np.ndarray) -> Latents:
-  """Latents integrated from `noise` at sigmas[0] to sigmas[-1] by Euler steps of `guided_velocity`.
+  """Latents integrated from `noise` at sigmas[0] to sigmas[-1] by Euler steps of `guided_velocity`,
+  guided as `config.inference.guidance` says.
 
   Known frames of the result mean nothing: `known_in_place` puts the given ones there.
   """
-  return samplers.euler(
-      lambda z, sigma: guided_velocity(params, cond, z, sigma, cfg=cfg), noise, sigmas)
+  return samplers.euler(_velocity(params, cond, cfg), noise, sigmas)
 
 
 def path_to_anchor(params: InferenceParams, cond: Conditioning, noise: Latents, *,
                    cfg: ExperimentConfig) -> Float[Array, "S B V F h w C"]:
   """All that `denoise_to_anchor` passes through: latents at each of `anchor_sigmas`, first `noise`
   and last its result."""
-  sigmas = anchor_sigmas(cfg)
+  sigmas, velocity = anchor_sigmas(cfg), _velocity(params, cond, cfg)
   return samplers.trajectory(
-      lambda z, sigma, _: guided_velocity(params, cond, z, sigma, cfg=cfg), noise,
-      schedules.Schedule(sigmas, sigmas[:-1]))
+      lambda z, sigma, _: velocity(z, sigma), noise, schedules.Schedule(sigmas, sigmas[:-1]))
 
 
 def guided_velocity(params: InferenceParams, cond: Conditioning, z: Latents, sigma, *,
-                    cfg: ExperimentConfig) -> Latents:
+                    cfg: ExperimentConfig, guidance: float) -> Latents:
   """Velocity of z at noise level `sigma`, a scalar or [B].
 
-  `config.inference.guidance` other than 1 adds classifier-free guidance (a second, text-free
-  forward).
+  `guidance` other than 1 adds classifier-free guidance (a second, text-free forward).
   """
-  guidance = cfg.inference.guidance
   v = run_video(params, cond, z, sigma, cfg)[0]
   if guidance == 1.0:
     return v
@@ -339,6 +337,11 @@ def check_stats(cfg: ExperimentConfig, norm: NormStats) -> None:
           f'norm.{field.name}: expected shape {want} (config.model.'
           f'{"codec.channels" if latent else "action_spec"}), got {have}. Load the statistics that '
           'were saved with this model.')
+
+
+def _velocity(params: InferenceParams, cond: Conditioning, cfg: ExperimentConfig):
+  return functools.partial(
+      guided_velocity, params, cond, cfg=cfg, guidance=cfg.inference.guidance)
 
 
 def _prefill(params: InferenceParams, features, masks, cfg: ExperimentConfig, window: Window):

@@ -17,8 +17,6 @@ for keeping the action loss.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -153,19 +151,18 @@ def take_turns(
   return optax.GradientTransformation(init, update)
 
 
-def _estimate(params, z, sigma, cond, frozen, config) -> Array:
-  """Clean estimate of z at level sigma by the tower params['video'], guided as `config` says."""
+def _estimate(params, z, sigma, cond, frozen, config, guidance=1.0) -> Array:
+  """Clean estimate of z at level sigma, a scalar or [B], by the tower params['video']."""
   velocity = denoiser.guided_velocity(
-    InferenceParams(params, frozen), cond, z, sigma, cfg=config)
+    InferenceParams(params, frozen), cond, z, sigma, cfg=config, guidance=guidance)
   return flow.to_x0(velocity, z, jnp.broadcast_to(sigma, (len(z),)), 'v')
 
 
 def _matching_loss(params, sample, clip, cond, frozen, key, config) -> Array:
   """`matching.matching_loss` of a sample, seen by the teacher and the critic at random levels."""
   z, t, _ = _noised(jax.lax.stop_gradient(sample), key, config)
-  inference = dataclasses.replace(config.inference, guidance=config.distill.guidance)
-  guided = dataclasses.replace(config, inference=inference)
-  real = _estimate(params['teacher'], z, t, cond, frozen, guided)
+  guidance = config.distill.guidance
+  real = _estimate(params['teacher'], z, t, cond, frozen, config, guidance)
   fake = _estimate(params['critic'], z, t, cond, frozen, config)
   real, fake = jax.lax.stop_gradient((real, fake))
   return matching.matching_loss(sample, real, fake, clip.supervised)
