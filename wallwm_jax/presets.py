@@ -9,6 +9,7 @@ from wallwm_jax.config import (
   CodecConfig,
   DataConfig,
   DiffusionConfig,
+  DistillConfig,
   ExperimentConfig,
   HeadsConfig,
   InferenceConfig,
@@ -245,3 +246,19 @@ def stage(
   if name == '5':
     data = dataclasses.replace(data, window='chunk', buckets=(config.model.future,), midway=0.0)
   return dataclasses.replace(config, name=f'{config.name}_stage{name}', data=data, train=train)
+
+
+def student(config: ExperimentConfig, teacher: str, *, steps: int) -> ExperimentConfig:
+  """Distillation of the run in the workdir `teacher`, a model like `config`, into one video step.
+
+  Small steps from where the teacher stands; the critic has half of them to itself.
+  """
+  config = stage(config, 'distill', steps=steps, init_from=teacher)
+  return dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, batch_size=16),
+    optim=dataclasses.replace(config.optim, lr=5e-4, warmup_steps=10),
+    distill=DistillConfig(critic_updates=2, action_weight=10.0),
+    train=dataclasses.replace(config.train, ema=0.98),
+    inference=dataclasses.replace(config.inference, video_steps=1),
+  )

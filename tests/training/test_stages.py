@@ -25,6 +25,8 @@ def test_table_is_that_of_the_specification():
     '3': {'heads'},
     '4': {'staircase', 'projector'},
     'vlm': {'vlm', 'reader'},
+    'distill': {'video', 'action', 'critic'},
+    'distill_video': {'video', 'critic'},
   }
   losses = {name: set(spec.losses) for name, spec in stages.STAGES.items()}
   for name in ('1', '2', '5', 'joint'):  # stage 2 has its video loss off, stage 5 has both

@@ -7,6 +7,7 @@ arguments of jitted functions.
 """
 
 from wallwm_jax.config.bridge import from_config_dict, nearest, to_config_dict
+from wallwm_jax.config.distill import DISTILL_STAGES, DistillConfig
 from wallwm_jax.config.encoders import CodecConfig, TextConfig, UMT5Config, VAEConfig
 from wallwm_jax.config.language import (
   HeadsConfig,
@@ -28,12 +29,14 @@ from wallwm_jax.config.run import (
 )
 
 __all__ = [
+  'DISTILL_STAGES',
   'LANGUAGE_STAGES',
   'ActionConfig',
   'ActionSpec',
   'CodecConfig',
   'DataConfig',
   'DiffusionConfig',
+  'DistillConfig',
   'ExperimentConfig',
   'HeadsConfig',
   'InferenceConfig',

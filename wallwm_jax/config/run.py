@@ -10,6 +10,7 @@ import numpy as np
 
 from wallwm_jax.config import packed
 from wallwm_jax.config.base import require
+from wallwm_jax.config.distill import DistillConfig, check_distill
 from wallwm_jax.config.language import LanguageConfig
 from wallwm_jax.config.model import ModelConfig
 from wallwm_jax.types import Cameras, EventBatch, LanguageBatch, PackedBatch, Prompt, Text
@@ -228,12 +229,13 @@ class TrainConfig:
 
   stage: 1 video, 2 action (video frozen), 3 the heads of the frozen VLM, 4 staircase and prefix
   projector, 5 both towers on chunk windows, 'joint' both towers on event windows (the small joint
-  fit), 'vlm' a small VLM and reader from scratch, in the place of public ones. unfreeze: parts that
-  train beyond those of the stage. init_from: a workdir, a checkpoint or a folder of converted
+  fit), 'vlm' a small VLM and reader from scratch, in the place of public ones, 'distill' a few-step
+  student of init_from, 'distill_video' the same without the action loss. unfreeze: parts that train
+  beyond those of the stage. init_from: a workdir, a checkpoint or a folder of converted
   weights whose params start this run ('' = random).
   """
 
-  stage: Literal['1', '2', '3', '4', '5', 'joint', 'vlm'] = '1'
+  stage: Literal['1', '2', '3', '4', '5', 'joint', 'vlm', 'distill', 'distill_video'] = '1'
   unfreeze: tuple[str, ...] = ()
   steps: int = 1000
   seed: int = 0
@@ -284,6 +286,7 @@ class ExperimentConfig:
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
+  distill: DistillConfig = DistillConfig()
   inference: InferenceConfig = InferenceConfig()
 
   def __post_init__(self):
@@ -307,6 +310,7 @@ class ExperimentConfig:
       not self.data.pack or self.train.stage not in LANGUAGE_STAGES,
       f'data.pack: stage {self.train.stage!r} reads moments, one per row. Set data.pack to 0.',
     )
+    check_distill(self)
 
   def window_frames(self, bucket: int) -> tuple[int, int]:
     """(T raw frames, K action steps) of one window with `bucket` future latent frames."""

@@ -10,6 +10,7 @@ Source: WALL-WM (arXiv 2606.01955).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -164,23 +165,51 @@ def anchor_sigmas(cfg: ExperimentConfig) -> np.ndarray:
 
 def denoise_video(params: InferenceParams, cond: Conditioning, noise: Latents, *,
                   cfg: ExperimentConfig, sigmas: np.ndarray) -> Latents:
-  """Latents integrated from `noise` at sigmas[0] to sigmas[-1] by Euler steps.
+  """Latents integrated from `noise` at sigmas[0] to sigmas[-1] by Euler steps of `guided_velocity`,
+  guided as `config.inference.guidance` says.
 
-  `config.inference.guidance` other than 1 adds classifier-free guidance (a second, text-free
-  forward). Known frames of the result mean nothing: `known_in_place` puts the given ones there.
+  Known frames of the result mean nothing: `known_in_place` puts the given ones there.
   """
-  guidance = cfg.inference.guidance
+  return samplers.euler(_velocity(params, cond, cfg), noise, sigmas)
+
+
+def path_to_anchor(params: InferenceParams, cond: Conditioning, noise: Latents, *,
+                   cfg: ExperimentConfig) -> Float[Array, "S B V F h w C"]:
+  """All that `denoise_to_anchor` passes through: latents at each of `anchor_sigmas`, first `noise`
+  and last its result."""
+  sigmas, velocity = anchor_sigmas(cfg), _velocity(params, cond, cfg)
+  return samplers.trajectory(
+      lambda z, sigma, _: velocity(z, sigma), noise, schedules.Schedule(sigmas, sigmas[:-1]))
+
+
+def guided_velocity(params: InferenceParams, cond: Conditioning, z: Latents, sigma, *,
+                    cfg: ExperimentConfig, guidance: float) -> Latents:
+  """Velocity of z at noise level `sigma`, a scalar or [B].
+
+  `guidance` other than 1 adds classifier-free guidance (a second, text-free forward).
+  """
+  v = run_video(params, cond, z, sigma, cfg)[0]
+  if guidance == 1.0:
+    return v
   empty = functional.empty_text(cond.text, params.frozen.null_text)
-  unconditional = dataclasses.replace(cond, text=empty)
+  dropped = run_video(params, dataclasses.replace(cond, text=empty), z, sigma, cfg)[0]
+  return dropped + guidance * (v - dropped)
 
-  def velocity(z, sigma):
-    v = _run_video(params, cond, z, sigma, cfg)[0]
-    if guidance == 1.0:
-      return v
-    dropped = _run_video(params, unconditional, z, sigma, cfg)[0]
-    return dropped + guidance * (v - dropped)
 
-  return samplers.euler(velocity, noise, sigmas)
+def run_video(params: InferenceParams, cond: Conditioning, z: Latents, sigma,
+              cfg: ExperimentConfig):
+  """The video tower on z at noise level `sigma` (a scalar or [B]), known frames given clean:
+  (velocity of z, features of every layer, masks).
+  """
+  batch, known = cond.known.shape[0], cond.known.shape[2]
+  frame_mask = jnp.pad(cond.future_mask, ((0, 0), (known, 0)), constant_values=True)
+  masks = functional.video_masks(cond.view_mask, frame_mask)
+  level = jnp.broadcast_to(sigma, (batch,))
+  inputs, t = functional.condition_video(cfg.model, z, level, known_in_place(cond, z),
+                                         np.arange(z.shape[2]) < known)
+  out, features = functional.video_forward(params.model['video'], cfg.model, inputs, t, cond.text,
+                                           masks)
+  return flow.to_velocity(out, z, level, cfg.model.video.prediction), features, masks
 
 
 def denoise_to_anchor(params: InferenceParams, cond: Conditioning, noise: Latents, *,
@@ -193,7 +222,7 @@ def anchor_cache(params: InferenceParams, cond: Conditioning, z: Latents, *,
                  cfg: ExperimentConfig, window: Window) -> tuple[functional.ServingCache, Latents]:
   """The one anchored video forward: per-layer action keys/values, and the clean estimate of z."""
   sigma = anchor_sigmas(cfg)[-1]
-  velocity, features, masks = _run_video(params, cond, z, sigma, cfg)
+  velocity, features, masks = run_video(params, cond, z, sigma, cfg)
   return _prefill(params, features, masks, cfg, window), z - sigma * velocity
 
 
@@ -219,7 +248,7 @@ def denoise_jointly(params: InferenceParams, cond: Conditioning, noise: Noise, *
 
   def step(carry, pair):
     (z, a), (sigma, sigma_next) = carry, pair
-    velocity, features, masks = _run_video(params, cond, z, sigma, cfg)
+    velocity, features, masks = run_video(params, cond, z, sigma, cfg)
     cache = _prefill(params, features, masks, cfg, window)
     towards = _onto_committed(
         cond, noise.action, _action_velocity(params, cond, cache, a, sigma, cfg))
@@ -310,17 +339,9 @@ def check_stats(cfg: ExperimentConfig, norm: NormStats) -> None:
           'were saved with this model.')
 
 
-def _run_video(params: InferenceParams, cond: Conditioning, z, sigma, cfg: ExperimentConfig):
-  """The video tower on z at `sigma`, known frames given clean: (velocity of z, features, masks)."""
-  batch, known = cond.known.shape[0], cond.known.shape[2]
-  frame_mask = jnp.pad(cond.future_mask, ((0, 0), (known, 0)), constant_values=True)
-  masks = functional.video_masks(cond.view_mask, frame_mask)
-  level = jnp.full((batch,), sigma)
-  inputs, t = functional.condition_video(cfg.model, z, level, known_in_place(cond, z),
-                                         np.arange(z.shape[2]) < known)
-  out, features = functional.video_forward(params.model['video'], cfg.model, inputs, t, cond.text,
-                                           masks)
-  return flow.to_velocity(out, z, level, cfg.model.video.prediction), features, masks
+def _velocity(params: InferenceParams, cond: Conditioning, cfg: ExperimentConfig):
+  return functools.partial(
+      guided_velocity, params, cond, cfg=cfg, guidance=cfg.inference.guidance)
 
 
 def _prefill(params: InferenceParams, features, masks, cfg: ExperimentConfig, window: Window):

@@ -32,6 +32,7 @@ from wallwm_jax.config import ExperimentConfig, from_config_dict
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.text.planning import make_planning_texts
 from wallwm_jax.training.pretrained import load_frozen, load_language
+from wallwm_jax.training.stages import BESIDE_STUDENT
 from wallwm_jax.training.state import TrainState, param_shapes
 from wallwm_jax.types import (
     CheckpointError,
@@ -158,7 +159,8 @@ def load_inference(
     config, norm = _load_context(manager, step)
     shapes = param_shapes(config)
     _check_leaves(meta['leaves']['params'], _table(shapes), f'{path / str(step)}/params')
-    params = _load_params(manager, step, meta, shapes)
+    read = {name: tree for name, tree in shapes.items() if name not in BESIDE_STUDENT}
+    params = _load_params(manager, step, meta, read)
   online = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=''))
   text = make_text_encoder(config.model.text)
   frozen = load_frozen(online, norm, text, config.inference.negative)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig, QwenConfig
+from wallwm_jax.config import DISTILL_STAGES, LANGUAGE_STAGES, ExperimentConfig, QwenConfig
 from wallwm_jax.training.stages import STAGES
 
 
@@ -28,6 +28,17 @@ def model_flops(config: ExperimentConfig, bucket: int) -> float:
   if config.train.stage in LANGUAGE_STAGES:
     return 2.0 * config.data.batch_size * language_macs(config)
   spec, diffusion = STAGES[config.train.stage], config.diffusion
+  if config.train.stage in DISTILL_STAGES:
+    # The way to the anchor, a sample and the critic's three forwards every step. A turn adds the
+    # sample's backward, teacher and critic; with actions, their tower and an anchored forward.
+    action = 'action' in spec.losses
+    turn = 2 + (2 if config.distill.guidance != 1 else 1) + 1 + 3 * action
+    video = config.inference.video_steps + 1 + 3 + turn / config.distill.critic_updates
+    macs = video * video_macs(config, bucket)
+    if action:
+      cost = action_macs(config, bucket, diffusion.action_draws)
+      macs += 3 * cost / config.distill.critic_updates
+    return 2.0 * config.data.batch_size * macs
   anchored = diffusion.mapping == 'anchor'
   forwards = len(spec.losses) if anchored else 1
   video = forwards * video_macs(config, bucket) * (3 if 'video' in spec.trainable else 1)

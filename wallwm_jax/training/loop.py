@@ -42,7 +42,14 @@ from wallwm_jax.training.pretrained import (
   load_language,
   load_video,
 )
-from wallwm_jax.training.stages import STAGES, parts, stage_of, trainable_mask, trained_parts
+from wallwm_jax.training.stages import (
+  BESIDE_STUDENT,
+  STAGES,
+  parts,
+  stage_of,
+  trainable_mask,
+  trained_parts,
+)
 from wallwm_jax.training.state import (
   TrainState,
   abstract_state,
@@ -229,7 +236,9 @@ def _initial_params(config: ExperimentConfig, abstract: TrainState) -> Params:
     return {}
   if weights.is_weights(path):
     return {'video': load_video(path, config.model, abstract.params['video'])}
-  return checkpoints.load_params_for_init(path, abstract.params)
+  # Teacher and critic of a distillation start from its student, whatever else `path` has.
+  wanted = {name: tree for name, tree in abstract.params.items() if name not in BESIDE_STUDENT}
+  return checkpoints.load_params_for_init(path, wanted)
 
 
 def _norm_stats(

@@ -2,7 +2,7 @@
 
 A stage says what trains, which windows it accepts and which losses it sums ('joint' is the small
 joint fit, 'vlm' makes a small VLM from scratch). A new stage is a new row; the losses of the
-language side are in `training.language`.
+language side are in `training.language`, those of distillation in `training.distill`.
 
 Two protocols couple the towers (arXiv 2606.01955):
   anchor     actions read ONE video forward at the anchor noise level; K independent action noise
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from wallwm_jax.config import LANGUAGE_STAGES, ExperimentConfig
+from wallwm_jax.config import DISTILL_STAGES, LANGUAGE_STAGES, ExperimentConfig
 from wallwm_jax.diffusion import flow, losses, schedules
 from wallwm_jax.geometry import sight_cone, tube_mask, yuv
 from wallwm_jax.models import functional
@@ -68,7 +68,13 @@ STAGES: dict[str, StageSpec] = {
     'joint': StageSpec(
         ('action', 'video'), ('event', 'chunk'), ('action', 'video'), caption_drop=True),
     'vlm': StageSpec(('reader', 'vlm'), ('event',), ('vlm', 'reader')),
+    'distill': StageSpec(
+        ('action', 'critic', 'video'), ('event', 'chunk'), ('matching', 'action', 'critic')),
+    'distill_video': StageSpec(
+        ('critic', 'video'), ('event', 'chunk'), ('matching', 'critic')),
 }
+# What a run of distillation has beyond its student: video towers that no rollout needs.
+BESIDE_STUDENT = ('critic', 'teacher')
 _TOWERS, _LANGUAGE = ('action', 'video'), ('heads', 'projector', 'staircase')
 
 
@@ -97,6 +103,8 @@ def parts(config: ExperimentConfig) -> tuple[str, ...]:
     return STAGES['vlm'].trainable
   if stage == '3':
     return (*_TOWERS, 'heads')
+  if stage in DISTILL_STAGES:
+    return _TOWERS + BESIDE_STUDENT
   reads_latents = config.data.text == 'staircase'
   if config.language.kind != 'none' and (stage in ('4', '5') or reads_latents):
     return _TOWERS + _LANGUAGE
@@ -252,7 +260,7 @@ def _anchored_losses(params, batch, clip, text, key, spec, config) -> dict[str, 
     levels = schedules.sample_sigma(
         stream(key, 'action_sigma'), (*samples, diffusion.action_draws), diffusion.action_shift)
     features = _frozen_unless_trained(features, config)
-    parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
+    parts |= action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
   return parts
 
 
@@ -264,7 +272,7 @@ def _symmetric_losses(params, batch, clip, text, key, spec, config) -> dict[str,
   parts = video if 'video' in spec.losses else {}
   if 'action' in spec.losses:
     features, levels = _frozen_unless_trained(features, config), sigma[..., None]
-    parts |= _action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
+    parts |= action_losses(params, batch, clip, features, levels, stream(key, 'action'), config)
   return parts
 
 
@@ -305,7 +313,10 @@ def _frozen_unless_trained(features, config: ExperimentConfig):
   return features if trained else jax.lax.stop_gradient(features)
 
 
-def _action_losses(params, batch, clip, features, levels, key, config) -> dict[str, Array]:
+def action_losses(
+    params: Params, batch: EventBatch | PackedBatch, clip: Clip, features, levels: Array,
+    key: PRNGKey, config: ExperimentConfig
+) -> dict[str, Array]:
   """L_A = mean_k w(t_k) ||yhat_k - y_k||^2 over levels t [B, R] (packed: [B, G, R]) sharing one
   cache; the DCT loss.
   """

@@ -11,11 +11,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
-from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.config import DISTILL_STAGES, ExperimentConfig
 from wallwm_jax.models import functional, language
 from wallwm_jax.optim import make_optimizer, route
 from wallwm_jax.parallel import rules
-from wallwm_jax.training.stages import parts, split_trainable
+from wallwm_jax.training import distill
+from wallwm_jax.training.stages import BESIDE_STUDENT, parts, split_trainable
 from wallwm_jax.types import Params, PRNGKey, pytree_dataclass
 
 
@@ -53,6 +54,7 @@ def init_params(config: ExperimentConfig, key: PRNGKey) -> Params:
   c, keys, names = config.language, jax.random.split(key, 4), parts(config)
   params = functional.init_params(config.model, key) if 'video' in names else {}
   make = {
+      **{name: lambda: {'video': params['video']} for name in BESIDE_STUDENT},
       'vlm': lambda: language.init_qwen(c.vlm, keys[0]),
       'reader': lambda: language.init_qwen(c.reader, keys[1]),
       'heads': lambda: language.init_heads(c, config.model.text, keys[0]),
@@ -65,11 +67,19 @@ def init_params(config: ExperimentConfig, key: PRNGKey) -> Params:
 
 def build_optimizer(config: ExperimentConfig, mesh: Mesh) -> optax.GradientTransformation:
   """The optimizer over the stage's trainable subtrees, with Muon's matrices spread over `mesh`;
-  frozen subtrees have no state and no update.
+  frozen subtrees have no state and no update. In distillation the critic has one of its own.
   """
+  def over(shapes: Params, steps: int) -> optax.GradientTransformation:
+    shardings = rules.param_shardings(shapes, mesh, config.mesh.rules)
+    return make_optimizer(config.optim, shapes, route(shapes), steps, shardings)
+
   shapes, _ = split_trainable(param_shapes(config), config)
-  shardings = rules.param_shardings(shapes, mesh, config.mesh.rules)
-  return make_optimizer(config.optim, shapes, route(shapes), config.train.steps, shardings)
+  if config.train.stage not in DISTILL_STAGES:
+    return over(shapes, config.train.steps)
+  critic, student = distill.split_critic(shapes)
+  turns = -(-config.train.steps // config.distill.critic_updates)
+  return distill.take_turns(
+      over(critic, config.train.steps), over(student, turns), config.distill.critic_updates)
 
 
 def abstract_state(
@@ -118,6 +128,8 @@ def fresh_state(
   if 'video' in start:
     start['video'] = functional.adopt_video(config.model, fresh['video'], start['video'])
   params = fresh | start
+  for name in set(BESIDE_STUDENT) & params.keys():  # both begin as the student does
+    params[name] = {'video': jax.tree.map(jnp.copy, params['video'])}
   trainable, _ = split_trainable(params, config)
   return TrainState(
       step=jnp.zeros((), jnp.int32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.config import DISTILL_STAGES, ExperimentConfig
 from wallwm_jax.optim import make_schedule
 from wallwm_jax.parallel import aot, rules
 from wallwm_jax.parallel.constraints import activation_sharding
+from wallwm_jax.training import distill
 from wallwm_jax.training.stages import split_trainable, stage_loss
 from wallwm_jax.training.state import TrainState, update_ema
 from wallwm_jax.types import EventBatch, Frozen, LanguageBatch
@@ -33,14 +35,20 @@ def make_train_step(
     finite; -1 = none.
   """
   schedule = make_schedule(config.optim, config.train.steps)
+  distils = config.train.stage in DISTILL_STAGES
 
   def step(state: TrainState, batch: EventBatch | LanguageBatch, frozen: Frozen):
     trainable, resting = split_trainable(state.params, config)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
+    if distils:
+      loss = functools.partial(distill.stage_loss, step=state.step, config=config)
+    else:
+      loss = functools.partial(stage_loss, config=config)
+
     def loss_fn(trainable):
       with activation_sharding(mesh, config.mesh.rules):
-        return stage_loss(resting | trainable, batch, frozen, key, config=config)
+        return loss(resting | trainable, batch, frozen, key)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(trainable)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
