@@ -76,7 +76,7 @@ def test_a_robot_is_answered_as_if_alone(cfg, params, call, inputs):
   together = call('answer', window, obs, text, LENGTH, nothing(cfg, window), KEYS)
   alone = jax.jit(functools.partial(predict_event, cfg=cfg, bucket=2))
   for i in range(2):
-    one = jax.tree.map(lambda x: x[i : i + 1], (obs, text))
+    one = jax.tree.map(lambda x, i=i: x[i : i + 1], (obs, text))
     noise = denoiser.sample_noise(KEYS[i], cfg, 1, window)
     want = alone(params, *one, KEYS[i], length=LENGTH[i : i + 1], noise=noise).chunk
     np.testing.assert_allclose(together.chunk.actions[i], want.actions[0], rtol=1e-4, atol=1e-5)

@@ -141,6 +141,8 @@ class Programs:
   def seal(self) -> None:
     """Notes the checksum of every executable that came since; what has none is not trusted when
     the folder is opened again."""
+    if self.folder is None:
+      return
     for name in self._entries() - {path.name for path in self._files(self._sums)}:
       _write(self._sums / name, _digest((self._xla / name).read_bytes()).encode())
 
@@ -158,14 +160,13 @@ class Programs:
       except _Unfit as reason:
         _log.warning('%s: not used, it %s. It is built anew.', path, reason)
     try:
-      exported = jax.export.export(jax.jit(function, **options))(*specs)
-    except ValueError as error:  # calls back into this process, or another operation without a name
+      data = bytes(jax.export.export(jax.jit(function, **options))(*specs).serialize())
+    except (ValueError, NotImplementedError) as error:  # calls back into this process, or the like
       _log.warning(
         '%s: cannot be kept as a lowered program, so every start traces it again (%s).',
         name, str(error).splitlines()[0],
       )  # fmt: skip
       return function, True
-    data = bytes(exported.serialize())
     top = json.dumps(header | {'sha256': _digest(data)})
     _write(path, top.encode() + b'\n' + data)
     return jax.export.deserialize(bytearray(data)).call, True
@@ -291,7 +292,7 @@ def _register(*kinds: type) -> None:
 
   def nothing(aux) -> bytes:
     if aux != ():
-      raise ConfigError(f'programs: expected only arrays in the arguments, got {aux!r} beside them.')
+      raise ConfigError(f'programs: expected arrays alone in the arguments, got {aux!r} too.')
     return b''
 
   for kind in kinds:
