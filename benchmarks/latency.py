@@ -58,6 +58,7 @@ def main() -> None:
   parser.add_argument('--video-steps', type=int, nargs='+', default=[1, 2, 4])
   parser.add_argument('--action-steps', type=int, default=10)
   parser.add_argument('--window', choices=('event', 'chunk'), default='chunk')
+  parser.add_argument('--patch', type=int, default=3, help='small: cells of a patch, a side (3)')
   parser.add_argument('--topologies', nargs='+', default=['v5p:2x2x1', 'v6e:2x2'])
   parser.add_argument('--chips', type=int, default=1, help='static: chips, split by tensor (1)')
   parser.add_argument('--plot', metavar='FOLDER', help='draw --lines instead of measuring')
@@ -89,8 +90,8 @@ def report_parts(args) -> None:
     harness.report(
       f'replanning, {args.size} model, {args.window} window, {steps} video steps', 'Hz', args.calls,
       case='parts', size=args.size, value=measured.pop('replan_hz'),
-      parameters=count(config), ms=times, p99_over_p50=whole['p99'] / whole['p50'],
-      **measured, load=os.getloadavg()[0],
+      parameters=count(config), tokens=tokens(config), ms=times,
+      p99_over_p50=whole['p99'] / whole['p50'], **measured, load=os.getloadavg()[0],
       goal='small: >= 10 Hz at 10 action steps on CPU; 5b on one H100: >= 20 Hz, refresh >= 80 Hz',
     )  # fmt: skip
 
@@ -117,12 +118,12 @@ def report_ratio(args) -> None:
     'video at each step': lambda: recomputed(params, cond, noise),
   }
   rounds = max(3, args.calls // 10)
-  times = harness.time_side_by_side(calls, rounds=rounds)
+  times = harness.time_side_by_side(calls, rounds=rounds, clock=time.process_time)
   harness.report(
     f'{N_D} action steps, one anchored cache / video features at each step', 'ratio', rounds,
     case='ratio', size=args.size, **harness.ratio(times, 'one cache', 'video at each step'),
-    median_s={name: statistics.median(t) for name, t in times.items()},
-    parameters=count(config), goal='<= 0.2',
+    median_cpu_s={name: statistics.median(t) for name, t in times.items()},
+    tokens=tokens(config), parameters=count(config), goal='<= 0.2',
   )  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def report_cold(args) -> None:
 def _start(folder: str | None) -> None:
   """One fresh process: prints when (s since the epoch) each step was over."""
   at = {'imported': time.time()}
-  config = with_steps(small_model('chunk'), video_steps=1, action_steps=10)
+  config = with_steps(small_model('chunk', 3), video_steps=1, action_steps=10)
   params, inputs = random_params(config), ask(config, 1)
   at['weights'] = time.time()
   answer = functools.partial(runtime.answer, cfg=config, window=window_of(config))
@@ -225,15 +226,14 @@ def _start(folder: str | None) -> None:
 
 
 def report_static(args) -> None:
-  """The 5B model compiled for TPUs that are not there: estimated time and memory."""
+  """The 5B model compiled for TPUs that are not there: estimated time and memory, by part."""
   for topology in args.topologies:
-    for steps in args.video_steps:
-      static(args, topology, steps)
+    static(args, topology)
 
 
-def static(args, topology: str, steps: int) -> None:
+def static(args, topology: str) -> None:
   """Shapes only: no weight is ever made."""
-  config = with_steps(full_model(args.window), video_steps=steps, action_steps=args.action_steps)
+  config = with_steps(full_model(args.window), video_steps=1, action_steps=args.action_steps)
   window, chip = window_of(config), aot.chip(topology)
   mesh_config = MeshConfig(fsdp=1, tensor=args.chips)
   mesh = make_mesh(mesh_config, aot.tpu_devices(topology)[: args.chips])
@@ -246,48 +246,56 @@ def static(args, topology: str, steps: int) -> None:
     )
 
   params = shapes(config)
-  model = placed(params.model, param_shardings(params.model, mesh, mesh_config.rules))
-  params = InferenceParams(model, placed(params.frozen))
+  towers = placed(params.model, param_shardings(params.model, mesh, mesh_config.rules))
+  params = InferenceParams(towers, placed(params.frozen))
   obs, text, length, free, key = placed(jax.eval_shape(lambda: ask(config, 1)))
+  refresh = functools.partial(runtime.refresh, cfg=config, window=window)
+  anchor = placed(jax.eval_shape(refresh, params, obs, text, length, key))
+  z = jax.eval_shape(lambda: denoiser.sample_noise(jax.random.key(0), config, 1, window).video)
+  bound, seconds, memory = {'cfg': config, 'window': window}, {}, {}
 
-  def compiled(name, *given):
+  def estimate(name, function, *given, **options):
     def run(*given):
       with activation_sharding(mesh, mesh_config.rules):
-        return getattr(runtime, name)(*given, cfg=config, window=window)
+        return function(*given, **options)
 
-    return jax.jit(run), aot.compile_for_tpu(jax.jit(run).lower(params, *given))
-
-  run, refresh = compiled('refresh', obs, text, length, key)
-  anchor = placed(jax.eval_shape(run, params, obs, text, length, key))
-  _, act = compiled('act', anchor, Now(obs.state, free))
-  seconds, memory = {}, {}
-  for name, program in (('refresh', refresh), ('act', act)):
-    cost, used = hlo.cost(program.as_text(), chip), program.memory_analysis()
-    seconds[name] = {'total': cost.seconds, 'exchange': cost.exposed_s}
+    program = aot.compile_for_tpu(jax.jit(run).lower(params, *given))
+    used = program.memory_analysis()
+    seconds[name] = hlo.cost(program.as_text(), chip).seconds
     memory[name] = used.argument_size_in_bytes + used.temp_size_in_bytes + (
-      used.output_size_in_bytes - used.alias_size_in_bytes)
-  replan = seconds['refresh']['total'] + seconds['act']['total']
+      used.output_size_in_bytes - used.alias_size_in_bytes)  # fmt: skip
+    print(f'{topology} {name}: {1e3 * seconds[name]:.2f} ms', file=sys.stderr, flush=True)
+
+  estimate('actions', runtime.act, anchor, Now(obs.state, free), **bound)
+  estimate('anchored forward', denoiser.anchor_cache, anchor.cond, placed(z), **bound)
+  for steps in args.video_steps:
+    stepped = with_steps(config, video_steps=steps)
+    given = (anchor.cond, placed(z))
+    estimate(f'video, {steps}', denoiser.denoise_to_anchor, *given, cfg=stepped)
+  estimate('encode', denoiser.encode_observation, obs, text, length, **bound)
+  fixed = seconds['encode'] + seconds['anchored forward'] + seconds['actions']
+  replan = {str(steps): fixed + seconds[f'video, {steps}'] for steps in args.video_steps}
   harness.report(
-    f'static estimate, 5B, {args.window} window, {steps} video steps, {args.chips} x {topology}',
-    'Hz', 1, case='static', value=1 / replan, topology=topology, chips=args.chips,
-    video_steps=steps, action_steps=args.action_steps, seconds=seconds, replan_hz=1 / replan,
-    action_refresh_hz=1 / seconds['act']['total'],
+    f'static estimate of replanning, 5B, {args.window} window, {args.chips} x {topology}', 'Hz', 1,
+    case='static', value=1 / min(replan.values()), topology=topology, chips=args.chips,
+    action_steps=args.action_steps, seconds=seconds, replan_s=replan,
+    replan_hz={steps: 1 / s for steps, s in replan.items()},
+    action_refresh_hz=1 / seconds['actions'], parameters=count(config), tokens=tokens(config),
     hbm_gib={name: n / 2**30 for name, n in memory.items()},
-    roofline=roofline(config, window, topology, args.chips), parameters=count(config),
-    tokens=len(config.model.views) * (window.known + window.future) * config.model.patches,
+    roofline=roofline(config, window, topology, args.chips),
   )  # fmt: skip
 
 
 def roofline(config: ExperimentConfig, window: Window, topology: str, chips: int) -> dict:
-  """Least seconds of the towers at peak FLOP/s and memory bandwidth, without the frame codec."""
+  """Least seconds of the towers at peak FLOP/s and memory bandwidth, without the frame codec; the
+  video with one step before the anchored forward."""
   data = dataclasses.replace(config.data, window=window.kind)
   config = dataclasses.replace(config, data=data)
   generation, inference = topology.partition(':')[0], config.inference
   peak, bandwidth = aot.PEAK_FLOPS[generation], aot.chip(topology).hbm_bytes_per_s
   nbytes = {name: size_of(tree) for name, tree in shapes(config).model.items()}
   model = config.model
-  keys = len(model.views) * (window.known + window.future) * model.patches
-  cache = 2 * 2 * model.video.layers * keys * model.action.width
+  cache = 2 * 2 * model.video.layers * tokens(config) * model.action.width
   video = 2 * flops.video_macs(config, window.future)
   # The keys and values are made once, the rest at every step.
   once = 2 * flops.action_macs(config, window.future, 0)
@@ -308,14 +316,16 @@ def roofline(config: ExperimentConfig, window: Window, topology: str, chips: int
 
 
 def model(args, video_steps: int) -> ExperimentConfig:
-  config = full_model(args.window) if args.size == '5b' else small_model(args.window)
+  full = args.size == '5b'
+  config = full_model(args.window) if full else small_model(args.window, args.patch)
   return with_steps(config, video_steps=video_steps, action_steps=args.action_steps)
 
 
-def small_model(window: str) -> ExperimentConfig:
-  """The tabletop's model at some ten million weights: three cameras of 48 x 48."""
+def small_model(window: str, patch: int) -> ExperimentConfig:
+  """The tabletop's model at some ten million weights: three cameras of 48 x 48, 6 x 6 cells."""
   config = presets.tabletop()
   video = dataclasses.replace(config.model.video, width=192, layers=6, heads=6, ffn=768)
+  video = dataclasses.replace(video, patch=(1, patch, patch))
   action = dataclasses.replace(config.model.action, width=192, heads=6, ffn=512)
   size = dataclasses.replace(config.model, video=video, action=action, future=4)
   return _windowed(dataclasses.replace(config, model=size), window, 4)
@@ -386,6 +396,12 @@ def count(config: ExperimentConfig) -> int:
   return sum(x.size for x in jax.tree.leaves(shapes(config).model))
 
 
+def tokens(config: ExperimentConfig) -> int:
+  """Of the video, all views and latent frames of a window."""
+  window = window_of(config)
+  return len(config.model.views) * (window.known + window.future) * config.model.patches
+
+
 def size_of(tree) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -413,10 +429,14 @@ def plot(lines: pathlib.Path, folder: pathlib.Path) -> None:
   axes.set_xlabel('p50, ms (2 CPU cores)')
   _save(figure, axes, folder / 'latency_parts.png')
   figure, axes = plt.subplots(figsize=(6.4, 3.0))
-  labels = [f'{x["topology"].split(":")[0]}, {x["video_steps"]}' for x in static_]
+  rows = [(x, steps) for x in static_ for steps in x['replan_s']]
+  labels = [f'{x["topology"].split(":")[0]}, {steps}' for x, steps in rows]
+  shares = {
+    'encode': lambda s, _: s['encode'], 'video steps': lambda s, n: s[f'video, {n}'],
+    'anchored forward': lambda s, _: s['anchored forward'], 'actions': lambda s, _: s['actions'],
+  }  # fmt: skip
   seconds = {
-    name: [1e3 * x['seconds'][part]['total'] for x in static_]
-    for part, name in (('refresh', 'observation to cache'), ('act', 'actions'))
+    name: [1e3 * share(x['seconds'], n) for x, n in rows] for name, share in shares.items()
   }
   _stack(axes, labels, seconds)
   axes.set_ylabel('chip, video steps')
