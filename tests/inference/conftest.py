@@ -10,6 +10,7 @@ import numpy as np
 import point_mass_env
 import pytest
 import tiny_language
+from jax.experimental.compilation_cache import compilation_cache
 
 from wallwm_jax import config as configs
 from wallwm_jax.inference import unified
@@ -100,3 +101,16 @@ def side_cfg(cfg) -> configs.ExperimentConfig:
 @pytest.fixture(scope='session')
 def side_params(side_cfg, params) -> InferenceParams:
   return tiny_language.make_params(side_cfg, params, tiny_language.make_layout())
+
+
+@pytest.fixture
+def own_cache():
+  """Puts back what a `Programs` with a folder changes for the whole process."""
+  names = ('dir', 'min_compile_time_secs', 'min_entry_size_bytes')
+  names = [f'jax_compilation_cache_{n}' if n == 'dir' else f'jax_persistent_cache_{n}'
+           for n in names]
+  before = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

@@ -25,7 +25,7 @@ from wallwm_jax.data import stats as data_stats
 from wallwm_jax.inference import export, exported, programs
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.export import Captions, Choice, export_policy, load, verify
-from wallwm_jax.inference.programs import export_program, flat_weights, policy_function
+from wallwm_jax.inference.policy_functions import export_program, flat_weights, policy_function
 from wallwm_jax.types import (
   CheckpointError,
   ConfigError,

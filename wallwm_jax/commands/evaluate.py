@@ -40,6 +40,9 @@ def add_parser(verbs) -> None:
         help='attempts, shared by kinds of task (tabletop 98, metaworld 10 of each task)',
       )  # fmt: skip
       parser.add_argument(
+        '--cache', metavar='DIR', help='folder of this user that keeps compiled programs (none)'
+      )
+      parser.add_argument(
         '--delays', default='0', help='control steps of policy latency; several as 0,2,4 (0)'
       )
       parser.add_argument(
@@ -190,7 +193,9 @@ def language(args: argparse.Namespace) -> None:
 def closedloop(args: argparse.Namespace) -> None:
   from wallwm_jax.evaluation.closed_loop import mcnemar
   from wallwm_jax.evaluation.report import write_report
+  from wallwm_jax.inference.programs import Programs
 
+  programs = Programs(args.cache)
   world = worlds.World(args)
   ways = ('hold', 'run') if args.waiting == 'both' else (args.waiting,)
   runs = [
@@ -198,6 +203,7 @@ def closedloop(args: argparse.Namespace) -> None:
     for delay in _counts(args.delays, '--delays', 0)
     for way in (ways if delay else ways[:1])  # without latency there is nothing to wait for
   ]
+  programs.seal()
   attempts = runs[0]
   shared = {'tasks': world.tasks, 'max_steps': world.max_steps}
   asked = shared | {'untrained': args.untrained, 'source': attempts.source}

@@ -21,7 +21,7 @@ from wallwm_jax.data.transforms import Draw, WindowReader, pick_caption
 from wallwm_jax.evaluation import latency, open_loop, video
 from wallwm_jax.evaluation.action_sections import ActionTrace
 from wallwm_jax.evaluation.video_sections import VideoStrip
-from wallwm_jax.inference import denoiser
+from wallwm_jax.inference import denoiser, runtime
 from wallwm_jax.inference.denoiser import Window
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.unified import predict_chunk
@@ -320,17 +320,19 @@ def measure_latency(config: ExperimentConfig, params: InferenceParams, *, calls:
   imagine = jax.jit(functools.partial(denoiser.denoise_to_anchor, cfg=config))
   read = jax.jit(functools.partial(denoiser.anchor_cache, cfg=config, window=window))
   act = jax.jit(functools.partial(denoiser.denoise_actions, cfg=config))
-  whole = jax.jit(functools.partial(denoiser.predict, cfg=config, window=window))
+  whole = jax.jit(functools.partial(runtime.answer, cfg=config, window=window))
+  length, free = np.full(1, window.future, np.int32), runtime.no_targets(config, window, 1)
   noise = denoiser.sample_noise(key, config, 1, window)
   cond = _ones(encode, params, obs, batch.text)
   z = _ones(imagine, params, cond, noise.video)
   cache, _ = _ones(read, params, cond, z)
+  asked = (obs, batch.text, length, free)
   parts = {
     'encode the observation': lambda: encode(params, obs, batch.text),
     'video to the anchor step': lambda: imagine(params, cond, noise.video),
     'anchored video forward': lambda: read(params, cond, z)[1],
     'actions against the cache': lambda: act(params, cond, cache, noise.action),
-    'whole prediction': lambda: whole(params, encode(params, obs, batch.text), noise).chunk.actions,
+    'whole prediction': lambda: whole(params, *asked, key[None]).chunk.actions,
   }
   measured = latency.measure_parts(parts, calls=calls)
   measured['parts']['actions to the host'] = latency.measure_copy(

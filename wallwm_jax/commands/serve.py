@@ -48,6 +48,12 @@ def add_parser(verbs) -> None:
   parser.add_argument('--host', default='0.0.0.0', help='address to listen at (all)')
   parser.add_argument('--port', type=int, default=8000, help='port, 0 = any free one (8000)')
   parser.add_argument('--max-batch', type=int, default=8, help='requests answered at once (8)')
+  parser.add_argument(
+    '--cache',
+    metavar='DIR',
+    help='folder of this user that keeps compiled programs, so that the next start need not '
+    'compile (default: none)',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
   from wallwm_jax.inference.serve.server import PolicyServer
 
-  policy = _echo(args) if args.echo else _ready(make_policy(args))
+  policy = _echo(args) if args.echo else _ready(args)
   policy.metadata |= {'cold_start_s': round(time.monotonic() - _BEGUN, 3)}
 
   async def forever() -> None:
@@ -75,19 +81,23 @@ def _echo(args: argparse.Namespace):
   return EchoPolicy(dim=args.dim)
 
 
-def _ready(policy):
+def _ready(args: argparse.Namespace):
   """A ModelPolicy compiled, in both dialects, that tells what it runs on."""
   from wallwm_jax.evaluation.base import environment
+  from wallwm_jax.inference.programs import Programs
   from wallwm_jax.inference.serve.wallx import WallX
 
+  programs = Programs(args.cache)
+  policy = make_policy(args, programs)
   print('compiling ...', flush=True)
   policy.warm_up()
+  programs.seal()  # whatever else was compiled on the way: what resizes, a VLM
   policy.metadata |= {'environment': environment()}
   return WallX(policy)
 
 
-def make_policy(args: argparse.Namespace):
-  """The ModelPolicy that the arguments describe, not yet compiled.
+def make_policy(args: argparse.Namespace, programs=None):
+  """The ModelPolicy that the arguments describe, not yet compiled; programs: keeps what will be.
 
   Raises:
     ConfigError: arguments that do not fit the model or each other. CheckpointError: nothing that
@@ -100,7 +110,7 @@ def make_policy(args: argparse.Namespace):
 
   if args.artifact and args.store:
     raise ConfigError('--store: an exported policy has no VLM to plan with. Serve --workdir.')
-  engine, params, exported = _exported(args) if args.artifact else (*_trained(args), None)
+  engine, params, exported = _exported(args) if args.artifact else _trained(args, programs)
   config = engine.config
   encode = make_text_encoder(config.model.text).encode
   if exported is not None:
@@ -119,15 +129,15 @@ def make_policy(args: argparse.Namespace):
   )
 
 
-def _trained(args: argparse.Namespace):
-  """(engine, params) of --workdir."""
+def _trained(args: argparse.Namespace, programs):
+  """(engine, params, None) of --workdir."""
   from wallwm_jax.inference.serve.engines import ModelEngine
   from wallwm_jax.training.checkpoints import load_inference
 
   bank = _store(args.store)[0] if args.store else None
   config, params = load_inference(args.workdir, captions=bank)
   options = {'bucket': args.bucket, 'max_batch': args.max_batch, 'seed': args.seed}
-  return ModelEngine(config, params, **options), params
+  return ModelEngine(config, params, programs=programs, **options), params, None
 
 
 def _exported(args: argparse.Namespace):

@@ -23,7 +23,7 @@ from wallwm_jax.inference.exported import FORMAT, MANIFEST, load, stats_hash, ve
 
 if TYPE_CHECKING:
   from wallwm_jax.config import ExperimentConfig
-  from wallwm_jax.inference.programs import Program
+  from wallwm_jax.inference.policy_functions import Program
   from wallwm_jax.types import InferenceParams, Text
 
 __all__ = ['PLATFORMS', 'Captions', 'Choice', 'describe', 'export_policy', 'load', 'verify']
@@ -103,7 +103,7 @@ def export_policy(
     ConfigError: a bucket that the model does not have.
     CheckpointError: `out` holds something else than an exported policy.
   """
-  from wallwm_jax.inference.programs import export_program, flat_weights
+  from wallwm_jax.inference.policy_functions import export_program, flat_weights
   from wallwm_jax.weights.staging import new_folder
 
   weights = flat_weights(params)
@@ -133,7 +133,7 @@ def export_policy(
 
 def describe(cfg: ExperimentConfig, params: InferenceParams, choice: Choice) -> dict[str, Any]:
   """What `export_policy` would write, from shapes alone: programs with their inputs, bytes."""
-  from wallwm_jax.inference.programs import flat_weights, program_inputs, window_of
+  from wallwm_jax.inference.policy_functions import flat_weights, program_inputs, window_of
 
   def inputs(plan):
     window = window_of(cfg, plan['mode'], plan['bucket'])

@@ -1,5 +1,6 @@
 """An exported policy served: the answers of the run that it came from, batches, buckets."""
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from clients import encode, request, resize
 from wallwm_jax.config import from_config_dict
 from wallwm_jax.inference.export import Choice, export_policy, load
 from wallwm_jax.inference.exported import stats_hash
+from wallwm_jax.inference.programs import Programs
 from wallwm_jax.inference.serve.engines import ExportedEngine, ModelEngine
 from wallwm_jax.inference.serve.model import ModelPolicy
 from wallwm_jax.types import ConfigError, DataError
@@ -126,3 +128,23 @@ def test_what_an_artifact_cannot_do_is_refused(exported, artifact, config):
       ask(exported, exported.start(), **changes)
   with pytest.raises(ConfigError, match=r'bucket: expected 1 to 4, .*\[2, 4\], got 5'):
     ExportedEngine(artifact, config, bucket=5)
+
+
+def test_a_restarted_server_neither_traces_nor_compiles(cfg, params, tmp_path, own_cache):
+  """And answers as the one before, to the last bit; so does one that keeps nothing."""
+
+  def serve(programs):
+    jax.clear_caches()
+    engine = ModelEngine(cfg, params, bucket=2, max_batch=2, seed=3, programs=programs)
+    policy = ModelPolicy(engine, encode, resize, modes=['event'])
+    policy.warm_up()
+    loaded = engine.programs
+    return ask(policy, policy.start())['actions'], loaded
+
+  plain, _ = serve(None)
+  first, built = serve(Programs(tmp_path / 'p'))
+  second, read = serve(Programs(tmp_path / 'p'))
+  assert [(p.traced, p.compiled) for p in built] == [(True, True)] * 2
+  assert [(p.traced, p.compiled) for p in read] == [(False, False)] * 2  # batches of 1 and 2
+  np.testing.assert_array_equal(first, plain)
+  np.testing.assert_array_equal(second, first)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from wallwm_jax.config import ExperimentConfig
+from wallwm_jax.inference import runtime
 from wallwm_jax.inference.denoiser import Window
-from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.exported import ExportedPolicy, stats_hash
-from wallwm_jax.inference.unified import predict_chunk
+from wallwm_jax.inference.programs import Program, Programs
 from wallwm_jax.types import (
   ActionChunk,
   ConfigError,
@@ -64,7 +64,7 @@ class ModelEngine:
   Args:
     config, params: of `checkpoints.load_inference`. bucket: future latents N of event mode (the
       longest one). max_batch: most rows of a call; calls are padded to a power of two so that few
-      programs are compiled. seed: of the noise.
+      programs are compiled. seed: of the noise. programs: where they are kept; None = nowhere.
 
   Raises:
     ConfigError: a bucket that the model does not have.
@@ -78,24 +78,43 @@ class ModelEngine:
     bucket: int | None = None,
     max_batch: int = 8,
     seed: int = 0,
+    programs: Programs | None = None,
   ):
-    self.config, self._params, self._key = config, params, jax.random.key(seed)
+    self.config, self._key = config, jax.random.key(seed)
+    # A language side speaks, it does not act: programs are told of the towers alone.
+    towers = {name: params.model[name] for name in ('video', 'action')}
+    frozen = dataclasses.replace(params.frozen, language=None)
+    self._params = jax.device_put(InferenceParams(towers, frozen))
+    self._programs = programs or Programs()
+    self._loaded: dict[tuple[Mode, int], Program] = {}
     bucket = config.data.buckets[-1] if bucket is None else bucket
     self.windows = {'event': Window.event(config, bucket), 'chunk': Window.chunk(config)}
     self.lengths = {mode: [window.future] for mode, window in self.windows.items()}
     self.sizes = _sizes(max_batch)
     self.norm_hash = stats_hash(params.norm)
-    self._act = {
-      mode: jax.jit(functools.partial(_act, cfg=config, window=window))
-      for mode, window in self.windows.items()
-    }
+
+  @property
+  def programs(self) -> list[Program]:
+    """Those of every mode and number of rows that was asked for so far."""
+    return list(self._loaded.values())
 
   def act(self, mode, obs, text, length, committed, turns) -> np.ndarray:
     count = len(turns)
     size = _size(count, self.sizes)
     rows = np.minimum(np.arange(size), count - 1)
+    if mode == 'chunk':
+      length = np.full(count, self.windows[mode].future, np.int32)
     inputs = jax.tree.map(lambda x: np.asarray(x)[rows], (obs, text, length, committed, turns))
-    return np.asarray(self._act[mode](self._params, *inputs, self._key))[:count]
+    args = (self._params, *inputs, self._key)
+    program = self._loaded.get((mode, size)) or self._load(mode, size, args)
+    return np.asarray(program(*args))[:count]
+
+  def _load(self, mode: Mode, size: int, args) -> Program:
+    function = functools.partial(_act, cfg=self.config, window=self.windows[mode])
+    # The bucket is in the shapes of the committed actions.
+    program = self._programs.load(f'serve-{mode}', function, args, config=self.config)
+    self._loaded[mode, size] = program
+    return program
 
 
 class ExportedEngine:
@@ -187,17 +206,7 @@ def _size(count: int, sizes: Sequence[int]) -> int:
 
 
 def _act(params, obs, text, length, committed, turns, key, *, cfg, window):
-  """Actions [B, K, A], each row as if it were alone."""
-
-  def one(obs, text, length, committed, turn):
-    obs, text, length, committed = jax.tree.map(
-      lambda x: jnp.asarray(x)[None], (obs, text, length, committed)
-    )
-    inputs = (params, obs, text, jax.random.fold_in(key, turn))
-    if window.kind == 'chunk':
-      return predict_chunk(*inputs, cfg=cfg, committed=committed).chunk.actions[0]
-    return predict_event(
-      *inputs, cfg=cfg, bucket=window.future, length=length, committed=committed
-    ).chunk.actions[0]
-
-  return jax.vmap(one)(obs, text, length, committed, turns)
+  """Actions [B, K, A], each row with the noise of its own turn."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, turns)
+  plan = runtime.answer(params, obs, text, length, committed, keys, cfg=cfg, window=window)
+  return plan.chunk.actions
