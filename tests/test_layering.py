@@ -30,7 +30,8 @@ ALLOWED = {
   'weights': VOCABULARY | {'parallel'},
   'text': VOCABULARY | {'models.functional', 'parallel', 'weights'},
   'inference': VOCABULARY
-  | {'models.functional', 'models.language', 'diffusion', 'kernels.*.api', 'parallel', 'geometry'},
+  | {'models.functional', 'models.language', 'models.quantised', 'diffusion', 'kernels.*.api'}
+  | {'parallel', 'geometry'},
   'envs': VOCABULARY | {'geometry', 'data.schema', 'data.phrases', 'data.primitives'},
   'evaluation': VOCABULARY | {'envs', 'geometry', 'data'},
   'training': VOCABULARY
