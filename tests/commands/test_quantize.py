@@ -1,6 +1,8 @@
 """`wallwm quantize`: from a run to a quantised run, its report, and what is refused."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ def workdir(config, params, tmp_path_factory):
     lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), params.model
   )
   path = tmp_path_factory.mktemp('runs') / 'float'
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(4,)))
   state = TrainState(np.int32(3), model, model, {}, np.zeros(2, np.uint32))
   with Checkpoints(path, keep=1) as saved:
     saved.save(state, {}, params.norm, config)
@@ -78,8 +81,6 @@ def test_the_report_adds_up(written, store):
 
 def edited(out, tmp_path, change):
   """A copy of a quantised run with its meta changed."""
-  import shutil
-
   copy = shutil.copytree(out, tmp_path / 'copy')
   (file,) = copy.glob('checkpoints/3/meta/metadata')
   meta = json.loads(file.read_text())
@@ -103,8 +104,6 @@ def test_a_record_of_another_quantisation_is_refused_by_name(written, tmp_path):
 
 
 def test_damaged_files_are_refused(written, tmp_path):
-  import shutil
-
   copy = shutil.copytree(written[0], tmp_path / 'copy')
   largest = max(copy.glob('checkpoints/3/params/**/d/*'), key=lambda p: p.stat().st_size)
   data = bytearray(largest.read_bytes())
@@ -123,8 +122,13 @@ def test_products_that_this_device_lacks_are_refused(written, tmp_path):
 
 
 def test_training_does_not_start_from_a_quantised_run(written, params):
-  with pytest.raises(CheckpointError, match=f'{UP}: expected .*got absent'):
+  with pytest.raises(CheckpointError, match='expected float weights to train'):
     load_params_for_init(written[0], jax.eval_shape(lambda: params.model))
+  with (
+    Checkpoints(written[0], keep=1) as saved,
+    pytest.raises(CheckpointError, match='expected float weights to train'),
+  ):
+    saved.restore(TrainState(np.int32(3), params.model, {}, {}, np.zeros(2, np.uint32)))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def add_parser(verbs) -> None:
   )  # fmt: skip
   parser.add_argument(
     '--block', type=int,
-    help='input channels that share a scale, 0 = all of a matrix (by recipe: 0, weights alone 128)',
+    help='input channels that share a scale; fewer are more accurate and slower (all of a matrix)',
   )  # fmt: skip
   parser.add_argument(
     '--tolerance', type=float, help='largest relative error of a matrix that is quantised (0.1)'
@@ -104,7 +104,7 @@ def _recipe(args: argparse.Namespace):
 
   changed = {}
   if args.block is not None:
-    changed['block'] = args.block or None
+    changed['block'] = args.block
   if args.tolerance is not None:
     changed['tolerance'] = args.tolerance
   if args.keep:

@@ -39,7 +39,8 @@ class QuantizeConfig:
 
   dtype: of the weights. activations: quantise inputs too, by their own largest value in each token
   (and block), so that products are of `dtype`. block: input channels that share a scale, None =
-  all: one product per matrix, which is what large batches want. strengths: exponents of the
+  all, so that each output channel of each layer has one and a matrix is one product; smaller blocks
+  are more accurate and slower, one product each. strengths: exponents of the
   smoothing that are tried on each layer, 0 = none. tolerance: largest relative L2 error of a
   matrix's output; where one layer is above it, the matrix stays as it is in all layers. keep:
   regular expressions of parameter paths that stay as they are.
@@ -69,8 +70,8 @@ class QuantizeConfig:
 RECIPES = {
   'int8': QuantizeConfig('int8'),
   'fp8': QuantizeConfig('float8_e4m3fn'),
-  'int8-weights': QuantizeConfig('int8', activations=False, block=128),
-  'fp8-weights': QuantizeConfig('float8_e4m3fn', activations=False, block=128),
+  'int8-weights': QuantizeConfig('int8', activations=False),
+  'fp8-weights': QuantizeConfig('float8_e4m3fn', activations=False),
 }
 
 

@@ -38,38 +38,30 @@ class Quantised:
   smooth: jax.Array | None = None
 
   def matmul(self, x, dtype):
-    """x [..., I] times the matrix, in `dtype`; inputs get a scale for each token and block."""
-    if self.smooth is None:
-      return self._weights_only(x.astype(dtype), dtype)
-    x = x.astype(jnp.float32) * self.smooth
-    rows, blocks, out = _block_rows(self.q.shape[0], len(self.scale)), *self.scale.shape
+    """x [..., I] times the matrix, in `dtype`; with `smooth`, inputs are quantised as well, by a
+    scale for each token and block."""
+    inputs, (blocks, out) = self.q.shape[0], self.scale.shape
+    rows = _block_rows(inputs, blocks)
+    x = x.astype(dtype) if self.smooth is None else x.astype(jnp.float32) * self.smooth
     x = _pad(x, -1, blocks * rows).reshape(*x.shape[:-1], blocks, rows)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    step = _steps(largest, self.q.dtype)
-    x, step = _rounded(x / step, self.q.dtype), step[..., 0]
+    step = jnp.ones((), jnp.float32)
+    if self.smooth is not None:
+      step = _steps(jnp.max(jnp.abs(x), axis=-1, keepdims=True), self.q.dtype)
+      x = _rounded(x / step, self.q.dtype)
+    step = jnp.broadcast_to(step, (*x.shape[:-1], 1))
     if blocks == 1:
-      total = self._product(x[..., 0, :], self.q) * step * self.scale[0]
-      return total.astype(dtype)
-    q = _pad(self.q, 0, blocks * rows).reshape(blocks, rows, out)
+      return (_product(x[..., 0, :], self.q) * step[..., 0, :] * self.scale[0]).astype(dtype)
 
     def add(total, block):
       x, step, q, scale = block
-      return total + self._product(x, q) * step[..., None] * scale, None
+      return total + _product(x, q) * step * scale, None
 
-    # One block after the other: all sums of all blocks at once would be `blocks` times the output.
-    xs = (jnp.moveaxis(x, -2, 0), jnp.moveaxis(step, -1, 0), q, self.scale)
+    # One block after the other: all sums of all blocks at once would be `blocks` times the output,
+    # and the compiler does not fuse scales of blocks into the product: it writes the matrix out.
+    q = _pad(self.q, 0, blocks * rows).reshape(blocks, rows, out)
+    xs = (jnp.moveaxis(x, -2, 0), jnp.moveaxis(step, -2, 0), q, self.scale)
     zeros = jnp.zeros((*x.shape[:-2], out), jnp.float32)
     return jax.lax.scan(add, zeros, xs)[0].astype(dtype)
-
-  def _weights_only(self, x, dtype):
-    if len(self.scale) == 1:  # the scale of an output channel can wait until after the product
-      product = jnp.matmul(x, self.q.astype(dtype), preferred_element_type=jnp.float32)
-      return (product * self.scale[0]).astype(dtype)
-    return x @ self.dequantised().astype(dtype)
-
-  def _product(self, x, q):
-    sums = _SUMS[str(q.dtype)]
-    return jnp.matmul(x, q, preferred_element_type=sums).astype(jnp.float32)
 
   def dequantised(self):
     """float32 [I, O] q * scale, smoothing left in."""
@@ -157,6 +149,13 @@ def as_leaves(params: Params, path: str = '') -> Params:
     else:
       tree[name] = as_leaves(node, where) if isinstance(node, Mapping) else node
   return tree
+
+
+def _product(x, q):
+  """float32 x @ q: added up in the integers or floats of q, or, of other x, in float32."""
+  if x.dtype == q.dtype:
+    return jnp.matmul(x, q, preferred_element_type=_SUMS[str(q.dtype)]).astype(jnp.float32)
+  return jnp.matmul(x, q.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _check(packed: Mapping, where: str) -> None:

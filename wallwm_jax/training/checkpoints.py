@@ -123,6 +123,7 @@ class Checkpoints:
     """
     step = self.latest_step() if step is None else step
     meta = _read_meta(self._manager, self.path, step)
+    _check_trainable(meta, f'{self.path / str(step)}')
     items = _items(abstract)
     for name in _ARRAYS:
       _check_leaves(meta['leaves'][name], _table(items[name]), f'{self.path / str(step)}/{name}')
@@ -244,6 +245,7 @@ def load_params_for_init(path: str | os.PathLike, target: Params) -> Params:
   manager, root, step = _open(path, None)
   with manager:
     meta = _read_meta(manager, root, step)
+    _check_trainable(meta, f'{root / str(step)}')
     stored = {name.split('/')[0] for name in meta['leaves']['params']}
     shared = {name: tree for name, tree in target.items() if name in stored}
     expected = {leaf: shape for leaf, shape in meta['leaves']['params'].items()
@@ -332,6 +334,12 @@ def _read_meta(manager, path: pathlib.Path, step: int | None) -> dict[str, Any]:
     raise CheckpointError(f'checkpoint {path / str(step)}: expected format {FORMAT}, got '
                           f'{meta.get("format")}. Use the version of wallwm_jax that wrote it.')
   return meta
+
+
+def _check_trainable(meta: dict[str, Any], where: str) -> None:
+  if 'quantized' in meta:
+    raise CheckpointError(f'checkpoint {where}: expected float weights to train, got a quantised '
+                          'model. Use the run that it was made from.')
 
 
 def _digests(params: Params) -> dict[str, str]:
