@@ -8,6 +8,7 @@ import json
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,14 @@ from wallwm_jax.inference.quantize import (
   sizes,
 )
 from wallwm_jax.models.quantised import pack
-from wallwm_jax.types import CheckpointError, ConfigError, DataError, InferenceParams
+from wallwm_jax.types import (
+  CheckpointError,
+  ConfigError,
+  DataError,
+  InferenceParams,
+  Observation,
+  Text,
+)
 
 KEY = jax.random.key(3)
 UP = 'video/blocks/ffn/up/kernel'
@@ -161,6 +169,21 @@ def test_a_quantised_model_vmaps(params, int8, cfg, make_inputs):
   one = functools.partial(predict_event, key=KEY, cfg=cfg, bucket=2)
   run = jax.jit(jax.vmap(lambda obs, text: one(int8[0], obs, text).chunk.actions))
   assert run(*lanes).shape == (2, 1, 8, 10) and np.isfinite(run(*lanes)).all()
+
+
+def test_a_quantised_model_is_exported_as_it_is(params, int8, predict, make_inputs):
+  """Serialised and read back, over plain dicts in eight bits: bit by bit what it was."""
+  obs, text = make_inputs()
+
+  def run(model, inputs):
+    obs, text = Observation(*inputs[:3]), Text(*inputs[3:])
+    return predict(InferenceParams(model, params.frozen), obs, text)
+
+  args = int8[0].model, (obs.frames, obs.state, obs.view_mask, text.features, text.mask)
+  program = jax.export.export(jax.jit(run))(*args)
+  again = jax.export.deserialize(program.serialize())
+  assert {'int8'} < {str(x.dtype) for x in again.in_avals}
+  np.testing.assert_array_equal(again.call(*args), jax.jit(run)(*args))
 
 
 @pytest.mark.parametrize(
