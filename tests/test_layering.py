@@ -33,6 +33,7 @@ ALLOWED = {
   | {
     'models.functional',
     'models.language',
+    'models.quantised',
     'diffusion',
     'kernels.*.api',
     'parallel',

@@ -15,6 +15,7 @@ from wallwm_jax.commands import (
   data,
   evaluate,
   export,
+  quantize,
   quickstart,
   rollout,
   serve,
@@ -22,7 +23,8 @@ from wallwm_jax.commands import (
   train,
 )
 
-VERBS = (quickstart, data, convert, tiny_vlm, train, evaluate, rollout, export, serve, bench)
+VERBS = (quickstart, data, convert, tiny_vlm, train, evaluate, rollout, quantize, export, serve)
+VERBS += (bench,)
 TAKES_OVERRIDES = 'overrides'  # set by verbs that accept --config.section.field=value
 
 

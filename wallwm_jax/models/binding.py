@@ -6,6 +6,7 @@ import functools
 
 from flax import nnx
 
+from wallwm_jax.models.quantised import as_leaves
 from wallwm_jax.types import Params
 
 
@@ -20,5 +21,9 @@ def _graph(tower: type[nnx.Module], *config) -> nnx.GraphDef:
 
 
 def bind(tower: type[nnx.Module], config, params: Params, *more) -> nnx.Module:
-  """The module `tower(config, *more)` with `params`, merged from its cached graph definition."""
-  return nnx.merge(_graph(tower, config, *more), nnx.State(params))
+  """The module `tower(config, *more)` with `params`, merged from its cached graph definition.
+
+  Raises:
+    CheckpointError: a quantised matrix whose parts do not fit together.
+  """
+  return nnx.merge(_graph(tower, config, *more), nnx.State(as_leaves(params)))

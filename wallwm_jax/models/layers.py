@@ -14,6 +14,7 @@ from flax import nnx
 
 from wallwm_jax.kernels.attention.api import dot_product_attention
 from wallwm_jax.kernels.qk_norm_rope.api import qk_norm_rope
+from wallwm_jax.models.quantised import matmul
 from wallwm_jax.models.rope import Rotation
 from wallwm_jax.parallel.constraints import map_batch, splits_only_batch
 
@@ -21,8 +22,8 @@ _EPS = 1e-6
 
 
 class Linear(nnx.Module):
-  """y = x W + b in `dtype`. `scale` multiplies the fan-in initialisation; 0 starts at exactly
-  zero.
+  """y = x W + b in `dtype`, W float or in eight bits (`quantised`). `scale` multiplies the fan-in
+  initialisation; 0 starts at exactly zero.
   """
 
   def __init__(self, d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, scale: float = 1.0):
@@ -32,9 +33,9 @@ class Linear(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x):
-    return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(
-      self.dtype
-    )
+    # Not `kernel[...]`: the matrix may be in eight bits, several arrays at once.
+    product = matmul(x, self.kernel.get_value(), self.dtype)
+    return product + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):

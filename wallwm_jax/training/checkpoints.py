@@ -7,6 +7,10 @@ One Orbax step directory holds these items:
   norm, config  normalisation statistics and the experiment config
   meta          format version, shape of every leaf, model fingerprint, process count
 
+A quantised model (`save_quantised`) is a workdir whose only step has no ema, optimizer and data: it
+can be loaded for inference, not trained on. Its meta also says how it was quantised and has a
+checksum of every leaf.
+
 A step directory appears by one rename once it is whole: what a crash or a full disk leaves behind
 is never listed, and older steps go only after the new one is in place.
 """
@@ -28,7 +32,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from wallwm_jax import weights
 from wallwm_jax.config import ExperimentConfig, from_config_dict
+from wallwm_jax.inference.quantize import Quantization, check_device
 from wallwm_jax.text.factory import make_text_encoder
 from wallwm_jax.text.planning import make_planning_texts
 from wallwm_jax.training.pretrained import load_frozen, load_language
@@ -118,6 +124,7 @@ class Checkpoints:
     """
     step = self.latest_step() if step is None else step
     meta = _read_meta(self._manager, self.path, step)
+    _check_trainable(meta, f'{self.path / str(step)}')
     items = _items(abstract)
     for name in _ARRAYS:
       _check_leaves(meta['leaves'][name], _table(items[name]), f'{self.path / str(step)}/{name}')
@@ -149,18 +156,25 @@ def load_inference(
 
   Raises:
     ConfigError: `captions` for a run without heads (stages 3 and later of a config with
-      language.kind).
-    CheckpointError: no complete checkpoint (or not that step), one of another format, or the codec,
-      text encoder or VLM that it was trained with is not where the config says.
+      language.kind), or a quantised run whose products this device does not have.
+    CheckpointError: no complete checkpoint (or not that step), one of another format, quantised
+      parameters that are not what was written, or the codec, text encoder or VLM that it was
+      trained with is not where the config says.
   """
   manager, path, step = _open(workdir, step)
   with manager:
     meta = _read_meta(manager, path, step)
     config, norm = _load_context(manager, step)
-    shapes = param_shapes(config)
-    _check_leaves(meta['leaves']['params'], _table(shapes), f'{path / str(step)}/params')
+    shapes, where = param_shapes(config), f'{path / str(step)}/params'
+    if 'quantized' in meta:
+      quantization = Quantization.from_json(meta['quantized'])
+      check_device(quantization.recipe, jax.devices()[0])
+      shapes = quantization.shapes(shapes)
+    _check_leaves(meta['leaves']['params'], _table(shapes), where)
     read = {name: tree for name, tree in shapes.items() if name not in BESIDE_STUDENT}
     params = _load_params(manager, step, meta, read)
+    if 'quantized' in meta:
+      _check_digests(meta['digests'], params, where)
   online = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=''))
   text = make_text_encoder(config.model.text)
   frozen = load_frozen(online, norm, text, config.inference.negative)
@@ -173,6 +187,44 @@ def load_inference(
     side = load_language(config, captions, text, texts, reader=reader)
     frozen = dataclasses.replace(frozen, language=side)
   return config, InferenceParams(params, frozen)
+
+
+def save_quantised(
+    workdir: str | os.PathLike, config: ExperimentConfig, params: InferenceParams,
+    quantization: Quantization, step: int
+) -> None:
+  """Writes a quantised model as a new workdir that `load_inference` reads.
+
+  Args:
+    params: of `inference.quantize.quantize`. step: what its checkpoint is numbered, as a rule that
+      of the float run.
+
+  Raises:
+    CheckpointError: `workdir` exists, or storage failed.
+  """
+  with weights.new_folder(workdir) as folder:
+    meta = {'format': FORMAT, 'fingerprint': fingerprint(params.model), 'processes': 1,
+            'leaves': {name: {} for name in _ARRAYS} | {'params': _table(params.model)},
+            'quantized': quantization.to_json(), 'digests': _digests(params.model)}
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(params.model),
+        norm=ocp.args.JsonSave(norm_to_json(params.norm)),
+        config=ocp.args.JsonSave(dataclasses.asdict(config)),
+        meta=ocp.args.JsonSave(meta),
+    )
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    try:
+      with ocp.CheckpointManager(folder / DIRECTORY, options=options) as manager:
+        manager.save(step, args=args, force=True)
+    except Exception as error:  # the storage layers raise many types for one full disk
+      raise CheckpointError(f'{workdir} could not be written: {error}. Free some space.') from error
+
+
+def latest_step(workdir: str | os.PathLike) -> int:
+  """Step of the newest complete checkpoint of a workdir; CheckpointError where there is none."""
+  manager, _, step = _open(workdir, None)
+  manager.close()
+  return step
 
 
 def load_source(path: str | os.PathLike) -> tuple[ExperimentConfig, NormStats]:
@@ -195,6 +247,7 @@ def load_params_for_init(path: str | os.PathLike, target: Params) -> Params:
   manager, root, step = _open(path, None)
   with manager:
     meta = _read_meta(manager, root, step)
+    _check_trainable(meta, f'{root / str(step)}')
     stored = {name.split('/')[0] for name in meta['leaves']['params']}
     shared = {name: tree for name, tree in target.items() if name in stored}
     expected = {leaf: shape for leaf, shape in meta['leaves']['params'].items()
@@ -283,6 +336,27 @@ def _read_meta(manager, path: pathlib.Path, step: int | None) -> dict[str, Any]:
     raise CheckpointError(f'checkpoint {path / str(step)}: expected format {FORMAT}, got '
                           f'{meta.get("format")}. Use the version of wallwm_jax that wrote it.')
   return meta
+
+
+def _check_trainable(meta: dict[str, Any], where: str) -> None:
+  if 'quantized' in meta:
+    raise CheckpointError(f'checkpoint {where}: expected float weights to train, got a quantised '
+                          'model. Use the run that it was made from.')
+
+
+def _digests(params: Params) -> dict[str, str]:
+  """{path: SHA-256 of the bytes} of every leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {path_string(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
+          for path, x in leaves}
+
+
+def _check_digests(stored: dict[str, str], params: Params, where: str) -> None:
+  for path, digest in _digests(params).items():
+    if stored.get(path) != digest:
+      raise CheckpointError(
+          f'checkpoint {where}: {path}: expected sha256 {stored.get(path)}, got {digest}. The file '
+          'is not what `wallwm quantize` wrote: quantise the run again.')
 
 
 def _table(tree) -> dict[str, list]:
