@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
 
+from wallwm_jax.data.clips import SAME_BYTES
 from wallwm_jax.errors import DataError
 
 CODECS = {  # FFmpeg's encoder and options that make each frame cheap to find
-  'h264': ('libx264', {'preset': 'medium', 'bf': '0'}),
+  'h264': ('libx264', {'preset': 'medium', 'bf': '0'} | SAME_BYTES),
   'av1': ('libsvtav1', {'preset': '12'}),
 }
 
@@ -107,7 +108,7 @@ class RotatingVideo:
     self._container = av.open(str(self.place.advance()), 'w')
     self._stream = self._container.add_stream(self._encoder, rate=self._fps, options=self._options)
     self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, 'yuv420p'
-    self._stream.codec_context.thread_count = 1  # on a busy machine several give other bytes
+    self._stream.codec_context.thread_count = 1  # another number gives other bytes
     self._stream.time_base = 1 / self._fps
     self._frames = self._bytes = 0
 

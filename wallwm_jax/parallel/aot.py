@@ -11,6 +11,7 @@ import math
 import os
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from wallwm_jax.config import nearest
@@ -66,11 +67,16 @@ def compile_for_tpu(lowered: jax.stages.Lowered, **options: bool | float) -> jax
       for structure and bytes, not for estimated cycles.
   """
   cached = jax.config.jax_enable_compilation_cache
-  jax.config.update('jax_enable_compilation_cache', False)
+  _enable_cache(False)
   try:
     return lowered.compile(compiler_options=options)
   finally:
-    jax.config.update('jax_enable_compilation_cache', cached)
+    _enable_cache(cached)
+
+
+def _enable_cache(value: bool) -> None:
+  jax.config.update('jax_enable_compilation_cache', value)
+  compilation_cache.reset_cache()  # JAX looks at the setting once, and would keep to it
 
 
 def chip(topology: str) -> Chip:
