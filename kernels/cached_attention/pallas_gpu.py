@@ -39,7 +39,8 @@ def cached_attention(rows: Rows, q, k, v, lengths, layer, latents, interpret=Fal
   splits = min(blocks, max(1, _PROGRAMS // (batch * rows.heads)))
   steps = pl.cdiv(blocks, splits)  # of one program
   lengths = jnp.full(batch, slots, jnp.int32) if lengths is None else lengths
-  exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+  # Said outright: a default of the process for all matrix products is none that kernels have.
+  exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   scale = dim**-0.5 * math.log2(math.e)
 
   def body(layer, lengths, q, k, v, out, peak, total):

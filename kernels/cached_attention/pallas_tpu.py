@@ -110,7 +110,8 @@ def _attend(rows: Rows, q, k, v, lengths, layer, latents, interpret):
   blocks, lanes = pl.cdiv(slots, block), heads * dim
   ragged = lengths is not None or slots % block != 0
   scale = dim**-0.5 * math.log2(math.e)
-  exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+  # Said outright: a default of the process for all matrix products is none that kernels have.
+  exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   interleave = _config().interleave
   # Query heads that read one cached head lie under each other: (head, its rows, its lanes).
   places = [

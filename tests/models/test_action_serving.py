@@ -15,6 +15,7 @@ from wallwm_jax import config as configs
 from wallwm_jax.diffusion import samplers
 from wallwm_jax.models import functional as F
 from wallwm_jax.parallel import aot, hlo
+from wallwm_jax.types import ConfigError
 
 SOME = ([[True, False, True], [False, True, True]], [[True, True, False], [True, False, True]])
 
@@ -65,6 +66,13 @@ def test_int8_cache_is_close():
   assert rounded.k_scale.shape == (2, 2, whole.k.shape[-1])
   want, got = forward(whole), forward(rounded)
   assert 0 < np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
+
+
+def test_other_cache_dtypes_are_refused():
+  params, features, _ = setup()
+  tau = F.window_tau(TINY, 'event', 3)
+  with pytest.raises(ConfigError, match=r"'compute', 'int8'.*got 'int4'"):
+    F.prefill_serving(params, TINY, features, tau, _full_masks(), 'int4')
 
 
 # On a TPU

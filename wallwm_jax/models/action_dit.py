@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from wallwm_jax.models.layers import (
 from wallwm_jax.models.rope import Rotation, axis_angles
 from wallwm_jax.models.stack import scan_blocks, stack_blocks
 from wallwm_jax.parallel.constraints import constrain
-from wallwm_jax.types import Packing, pytree_dataclass
+from wallwm_jax.types import ConfigError, Packing, pytree_dataclass
 
 
 @pytree_dataclass
@@ -177,7 +177,13 @@ class ActionTower(nnx.Module):
     return AnchorCache(k, v, mask, jnp.where(mask, event.reshape(mask.shape), 0))
 
   def prefill_serving(self, features, tau, masks, dtype: CacheDtype) -> ServingCache:
-    """As `prefill`, for inference; dtype: of the cache."""
+    """As `prefill`, for inference; dtype: of the cache.
+
+    Raises:
+      ConfigError: a dtype that it cannot have.
+    """
+    if dtype not in get_args(CacheDtype):
+      raise ConfigError(f'cache dtype: expected one of {get_args(CacheDtype)}, got {dtype!r}.')
     mask = _existing(features, masks)
     order = jnp.argsort(~mask, axis=1, stable=True)[..., None]
     length = mask.sum(1, dtype=jnp.int32)
