@@ -367,15 +367,15 @@ def shapes(config: ExperimentConfig) -> InferenceParams:
 
 
 def random_params(config: ExperimentConfig) -> InferenceParams:
-  """Random weights of `shapes`, made on the device leaf by leaf; statistics of 1."""
-  rng = np.random.default_rng(0)
+  """Weights of `shapes` from one small draw, repeated: nothing is compiled for them; statistics of
+  1."""
+  draw = (0.02 * np.random.default_rng(0).standard_normal(1 << 16)).astype(np.float32)
 
   def fill(x):
-    key = jax.random.key(int(rng.integers(2**31)))
-    return (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype)
+    return jax.device_put(np.resize(draw, x.shape).astype(x.dtype))
 
   spec = shapes(config)
-  norm = jax.tree.map(lambda x: jnp.ones(x.shape), spec.norm)
+  norm = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, np.float32)), spec.norm)
   codec = jax.tree.map(fill, spec.frozen.codec)
   return InferenceParams(jax.tree.map(fill, spec.model), Frozen(norm, codec))
 
