@@ -367,15 +367,15 @@ def shapes(config: ExperimentConfig) -> InferenceParams:
 
 
 def random_params(config: ExperimentConfig) -> InferenceParams:
-  """Random weights of `shapes`, made on the device leaf by leaf; statistics of 1."""
-  rng = np.random.default_rng(0)
+  """Weights of `shapes` from one small draw, repeated: nothing is compiled for them; statistics of
+  1."""
+  draw = (0.02 * np.random.default_rng(0).standard_normal(1 << 16)).astype(np.float32)
 
   def fill(x):
-    key = jax.random.key(int(rng.integers(2**31)))
-    return (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype)
+    return jax.device_put(np.resize(draw, x.shape).astype(x.dtype))
 
   spec = shapes(config)
-  norm = jax.tree.map(lambda x: jnp.ones(x.shape), spec.norm)
+  norm = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, np.float32)), spec.norm)
   codec = jax.tree.map(fill, spec.frozen.codec)
   return InferenceParams(jax.tree.map(fill, spec.model), Frozen(norm, codec))
 
@@ -407,30 +407,40 @@ def size_of(tree) -> int:
 
 
 def plot(lines: pathlib.Path, folder: pathlib.Path) -> None:
-  """latency_parts.png and latency_static.png of a file of JSON lines."""
+  """latency_parts.png and latency_static.png, of those cases that the file of JSON lines has."""
   import matplotlib
 
   matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
   found = [json.loads(line) for line in lines.read_text().splitlines() if line.startswith('{')]
   parts = [x for x in found if x['case'] == 'parts' and x['size'] == 'small']
-  static_ = [x for x in found if x['case'] == 'static']
+  estimates = [x for x in found if x['case'] == 'static']
+  if parts:
+    _plot_parts(parts, folder / 'latency_parts.png')
+  if estimates:
+    _plot_static(estimates, folder / 'latency_static.png')
+
+
+def _plot_parts(found: list[dict], path: pathlib.Path) -> None:
+  import matplotlib.pyplot as plt
+
   names = {
     'encode the observation': 'encode', 'video to the anchor step': 'video steps',
     'anchored video forward': 'anchored forward', 'actions against the cache': 'actions',
   }  # fmt: skip
   figure, axes = plt.subplots(figsize=(6.4, 2.6))
-  medians = {short: [x['ms'][name]['p50'] for x in parts] for name, short in names.items()}
-  _stack(axes, [str(x['asked']['video_steps']) for x in parts], medians)
-  axes.plot([x['ms']['whole prediction']['p50'] for x in parts], range(len(parts)), 'k|',
-            markersize=18, label='one call')  # fmt: skip
+  medians = {short: [x['ms'][name]['p50'] for x in found] for name, short in names.items()}
+  _stack(axes, [str(x['asked']['video_steps']) for x in found], medians)
+  whole = [x['ms']['whole prediction']['p50'] for x in found]
+  axes.plot(whole, range(len(found)), 'k|', markersize=18, label='one call')
   axes.set_ylabel('video steps')
-  axes.set_xlabel('p50, ms (2 CPU cores)')
-  _save(figure, axes, folder / 'latency_parts.png')
-  figure, axes = plt.subplots(figsize=(6.4, 3.0))
-  rows = [(x, steps) for x in static_ for steps in x['replan_s']]
-  labels = [f'{x["topology"].split(":")[0]}, {steps}' for x, steps in rows]
+  axes.set_xlabel(f'p50, ms, measured on {found[0]["device"]}')
+  _save(figure, axes, path)
+
+
+def _plot_static(found: list[dict], path: pathlib.Path) -> None:
+  import matplotlib.pyplot as plt
+
+  rows = [(x, steps) for x in found for steps in x['replan_s']]
   shares = {
     'encode': lambda s, _: s['encode'], 'video steps': lambda s, n: s[f'video, {n}'],
     'anchored forward': lambda s, _: s['anchored forward'], 'actions': lambda s, _: s['actions'],
@@ -438,11 +448,11 @@ def plot(lines: pathlib.Path, folder: pathlib.Path) -> None:
   seconds = {
     name: [1e3 * share(x['seconds'], n) for x, n in rows] for name, share in shares.items()
   }
-  _stack(axes, labels, seconds)
+  figure, axes = plt.subplots(figsize=(6.4, 3.0))
+  _stack(axes, [f'{x["topology"].split(":")[0]}, {steps}' for x, steps in rows], seconds)
   axes.set_ylabel('chip, video steps')
   axes.set_xlabel('ms, static estimate of the TPU compiler (not measured)')
-  _save(figure, axes, folder / 'latency_static.png')
-  plt.close('all')
+  _save(figure, axes, path)
 
 
 def _stack(axes, labels: list[str], parts: dict[str, list[float]]) -> None:
