@@ -10,6 +10,7 @@ wallwm bench latency -- --plot docs/images --lines latency.jsonl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,6 +26,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import static_cost
 from jax.sharding import NamedSharding, PartitionSpec
 
 from wallwm_jax import presets
@@ -36,22 +38,22 @@ from wallwm_jax.inference.denoiser import Window
 from wallwm_jax.inference.programs import Programs
 from wallwm_jax.inference.runtime import Now
 from wallwm_jax.models import functional
-from wallwm_jax.parallel import aot, hlo
+from wallwm_jax.parallel import aot
 from wallwm_jax.parallel.constraints import activation_sharding
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.parallel.rules import param_shardings
 from wallwm_jax.training import flops
 from wallwm_jax.types import Frozen, InferenceParams, NormStats
 
-CASES = ('parts', 'ratio', 'robots', 'refresh', 'cold', 'static')
 N_D = 50  # action steps of the ratio
+_PATIENCE_S = 120  # for the simulation of a part of the 5B model
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--cases', nargs='+', choices=CASES, default=CASES[:-1])
+  parser.add_argument('--cases', nargs='+', choices=_REPORTS, default=list(_REPORTS)[:-1])
   parser.add_argument('--size', choices=('small', '5b'), default='small', help='model (small)')
   parser.add_argument('--device', help='cpu, gpu or tpu (what JAX finds)')
   parser.add_argument('--calls', type=int, default=50, help='timed calls of each part (50)')
@@ -64,15 +66,18 @@ def main() -> None:
   parser.add_argument('--plot', metavar='FOLDER', help='draw --lines instead of measuring')
   parser.add_argument('--lines', help='file of JSON lines that --plot reads')
   parser.add_argument('--worker', help=argparse.SUPPRESS)
+  parser.add_argument('--part', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.plot:
     return plot(pathlib.Path(args.lines), pathlib.Path(args.plot))
   if args.worker is not None:
     return _start(args.worker or None)
+  if args.part:
+    return print(json.dumps(static(args, args.topologies[0], args.part)))
   if args.device or set(args.cases) == {'static'}:
     jax.config.update('jax_platforms', args.device or 'cpu')  # do not look for a TPU
   for case in args.cases:
-    globals()[f'report_{case}'](args)
+    _REPORTS[case](args)
 
 
 def report_parts(args) -> None:
@@ -226,15 +231,46 @@ def _start(folder: str | None) -> None:
 
 
 def report_static(args) -> None:
-  """The 5B model compiled for TPUs that are not there: estimated time and memory, by part."""
+  """The 5B model compiled for TPUs that are not there: estimated time and memory, by part, each in
+  a process of its own."""
+  flags = ['--window', args.window, '--action-steps', str(args.action_steps)]
+  flags += ['--chips', str(args.chips), '--cases', 'static']
   for topology in args.topologies:
-    static(args, topology)
+    parts, video = {}, (f'video, {steps}' for steps in args.video_steps)
+    for name in ('actions', 'encode', 'anchored forward', *video):
+      command = [__file__, *flags, '--topologies', topology, '--part', name]
+      parts[name] = static_cost.in_a_process(command, _PATIENCE_S)
+      print(f'{topology} {name}: {parts[name]}', file=sys.stderr, flush=True)
+    _report_static(args, topology, parts)
 
 
-def static(args, topology: str) -> None:
-  """Shapes only: no weight is ever made."""
+def _report_static(args, topology: str, parts: dict[str, dict]) -> None:
   config = with_steps(full_model(args.window), video_steps=1, action_steps=args.action_steps)
-  window, chip = window_of(config), aot.chip(topology)
+  seconds = {name: part['seconds'] for name, part in parts.items()}
+  fixed = seconds['encode'] + seconds['anchored forward'] + seconds['actions']
+  replan = {str(steps): fixed + seconds[f'video, {steps}'] for steps in args.video_steps}
+  harness.report(
+    f'static estimate of replanning, 5B, {args.window} window, {args.chips} x {topology}', 'Hz', 1,
+    case='static', value=1 / min(replan.values()), topology=topology, chips=args.chips,
+    action_steps=args.action_steps, seconds=seconds, replan_s=replan,
+    replan_hz={steps: 1 / s for steps, s in replan.items()},
+    action_refresh_hz=1 / seconds['actions'], parameters=count(config), tokens=tokens(config),
+    hbm_gib={name: part['hbm_gib'] for name, part in parts.items()},
+    instructions={name: part['instructions'] for name, part in parts.items()},
+    roofline=roofline(config, window_of(config), topology, args.chips),
+  )  # fmt: skip
+
+
+def static(args, topology: str, part: str) -> dict:
+  """One part of it. Shapes only: no weight is ever made.
+
+  Returns:
+    seconds: of the simulated schedule, by XLA's own model (or, kernels, by their bytes) where the
+    simulation gave up; hbm_gib: what the program holds, weights included; instructions: how many
+    were not simulated, and which kernels.
+  """
+  config = with_steps(full_model(args.window), video_steps=1, action_steps=args.action_steps)
+  window = window_of(config)
   mesh_config = MeshConfig(fsdp=1, tensor=args.chips)
   mesh = make_mesh(mesh_config, aot.tpu_devices(topology)[: args.chips])
   whole = NamedSharding(mesh, PartitionSpec())
@@ -252,38 +288,41 @@ def static(args, topology: str) -> None:
   refresh = functools.partial(runtime.refresh, cfg=config, window=window)
   anchor = placed(jax.eval_shape(refresh, params, obs, text, length, key))
   z = jax.eval_shape(lambda: denoiser.sample_noise(jax.random.key(0), config, 1, window).video)
-  bound, seconds, memory = {'cfg': config, 'window': window}, {}, {}
+  bound, video = {'cfg': config, 'window': window}, (anchor.cond, placed(z))
+  if part.startswith('video'):
+    stepped = with_steps(config, video_steps=int(part.split()[-1]))
+    function, given = functools.partial(denoiser.denoise_to_anchor, cfg=stepped), video
+  else:
+    function, given = {
+      'actions': (runtime.act, (anchor, Now(obs.state, free))),
+      'anchored forward': (denoiser.anchor_cache, video),
+      'encode': (denoiser.encode_observation, (obs, text, length)),
+    }[part]
+    function = functools.partial(function, **bound)
 
-  def estimate(name, function, *given, **options):
-    def run(*given):
-      with activation_sharding(mesh, mesh_config.rules):
-        return function(*given, **options)
+  def run(*given):
+    with activation_sharding(mesh, mesh_config.rules):
+      return function(*given)
 
-    program = aot.compile_for_tpu(jax.jit(run).lower(params, *given))
-    used = program.memory_analysis()
-    seconds[name] = hlo.cost(program.as_text(), chip).seconds
-    memory[name] = used.argument_size_in_bytes + used.temp_size_in_bytes + (
-      used.output_size_in_bytes - used.alias_size_in_bytes)  # fmt: skip
-    print(f'{topology} {name}: {1e3 * seconds[name]:.2f} ms', file=sys.stderr, flush=True)
-
-  estimate('actions', runtime.act, anchor, Now(obs.state, free), **bound)
-  estimate('anchored forward', denoiser.anchor_cache, anchor.cond, placed(z), **bound)
-  for steps in args.video_steps:
-    stepped = with_steps(config, video_steps=steps)
-    given = (anchor.cond, placed(z))
-    estimate(f'video, {steps}', denoiser.denoise_to_anchor, *given, cfg=stepped)
-  estimate('encode', denoiser.encode_observation, obs, text, length, **bound)
-  fixed = seconds['encode'] + seconds['anchored forward'] + seconds['actions']
-  replan = {str(steps): fixed + seconds[f'video, {steps}'] for steps in args.video_steps}
-  harness.report(
-    f'static estimate of replanning, 5B, {args.window} window, {args.chips} x {topology}', 'Hz', 1,
-    case='static', value=1 / min(replan.values()), topology=topology, chips=args.chips,
-    action_steps=args.action_steps, seconds=seconds, replan_s=replan,
-    replan_hz={steps: 1 / s for steps, s in replan.items()},
-    action_refresh_hz=1 / seconds['actions'], parameters=count(config), tokens=tokens(config),
-    hbm_gib={name: n / 2**30 for name, n in memory.items()},
-    roofline=roofline(config, window, topology, args.chips),
-  )  # fmt: skip
+  with static_cost.tracing_for(topology) if args.chips == 1 else contextlib.nullcontext():
+    lowered = jax.jit(run).lower(params, *given)
+  program = aot.compile_for_tpu(lowered)
+  rows = tokens(config)
+  moved = {  # keys and values once; queries or keys in and out
+    'cached_attention': 4 * rows * config.model.action.width,
+    'qk_norm_rope': 4 * rows * config.model.video.width,
+    'splash': 8 * rows * config.model.video.width,
+  }
+  total = static_cost.Total(program.as_text(), aot.chip(topology), moved)
+  used = program.memory_analysis()
+  held = used.argument_size_in_bytes + used.temp_size_in_bytes + (
+    used.output_size_in_bytes - used.alias_size_in_bytes)  # fmt: skip
+  return {
+    'seconds': total.estimate(1).mixed_us / 1e6,
+    'hbm_gib': held / 2**30,
+    'instructions': {'not_simulated': total.given_up, 'kernels': total.kernels,
+                     'kernels_not_simulated': total.kernels_given_up},
+  }  # fmt: skip
 
 
 def roofline(config: ExperimentConfig, window: Window, topology: str, chips: int) -> dict:
@@ -468,6 +507,16 @@ def _save(figure, axes, path: pathlib.Path) -> None:
   axes.spines[['top', 'right']].set_visible(False)
   axes.legend(loc='upper center', bbox_to_anchor=(0.5, 1.25), ncols=5, frameon=False, fontsize=8)
   figure.savefig(path, dpi=120, bbox_inches='tight')
+
+
+_REPORTS = {
+  'parts': report_parts,
+  'ratio': report_ratio,
+  'robots': report_robots,
+  'refresh': report_refresh,
+  'cold': report_cold,
+  'static': report_static,
+}
 
 
 if __name__ == '__main__':

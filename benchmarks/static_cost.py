@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 
 import harness
 import jax
@@ -41,7 +42,8 @@ class Estimate:
   """Of one unit of a program.
 
   us: microseconds. cycles: simulated ones. modelled_us: by XLA's own cost model, where it has one
-  for everything (it has none for Pallas kernels). bytes: that cross the memory. given_up:
+  for everything (it has none for Pallas kernels). mixed_us: us, with XLA's own model where the
+  simulation gave up. bytes: that cross the memory. given_up:
   instructions that the simulation gave up on. vmem: most bytes that one kernel takes of the core's
   own memory.
   """
@@ -49,6 +51,7 @@ class Estimate:
   us: float
   cycles: float
   modelled_us: float | None
+  mixed_us: float
   bytes: float
   given_up: int
   vmem: int
@@ -99,28 +102,36 @@ def estimate(op: str, case: str, program: str, topology: str) -> Estimate:
   Raises:
     WallWMError: it does not compile, or the compiler did not simulate a kernel of it.
   """
-  for simulate in (True, False):  # the simulation aborts the process on some instructions
-    answer, log = _spawn(op, case, program, topology, simulate)
-    if answer is not None:
-      return Estimate(**answer)
-  raise WallWMError(f'static_cost: no estimate of {op} {case}, {program!r}: {log[-2000:]}')
+  command = [__file__, op, '--case', case, '--topology', topology, '--worker', program]
+  return Estimate(**in_a_process(command))
 
 
-def _spawn(op: str, case: str, program: str, topology: str, simulate: bool):
-  """(fields of the estimate or None, log) of a fresh process."""
-  command = [sys.executable, __file__, op, '--case', case, '--topology', topology]
-  with tempfile.TemporaryDirectory() as folder:
-    env = os.environ | {'JAX_PLATFORMS': 'cpu'}
-    if simulate:
-      env['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
-    try:
-      done = subprocess.run(
-        [*command, '--worker', program],
-        env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-      )  # fmt: skip
-    except subprocess.TimeoutExpired:
-      return None, f'longer than {_TIMEOUT_S} s'
-  return (json.loads(done.stdout) if done.returncode == 0 else None), done.stderr
+def in_a_process(command: list[str], patience_s: float = _TIMEOUT_S) -> dict:
+  """The JSON that a Python script prints last, with programs compiled under simulation; without it
+  where the simulation aborts the process, as on some instructions, or takes longer than
+  `patience_s`.
+
+  Raises:
+    WallWMError: the script failed both times.
+  """
+  for simulate in (True, False):
+    with tempfile.TemporaryDirectory() as folder:
+      env = os.environ | {'JAX_PLATFORMS': 'cpu'}
+      if simulate:
+        env['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
+      try:
+        done = subprocess.run(
+          [sys.executable, *command],
+          env=env, capture_output=True, text=True, check=False,
+          timeout=patience_s if simulate else _TIMEOUT_S,
+        )  # fmt: skip
+      except subprocess.TimeoutExpired:
+        log = 'no answer in time'
+        continue
+    if done.returncode == 0:
+      return json.loads(done.stdout.splitlines()[-1])
+    log = done.stderr
+  raise WallWMError(f'static_cost: {" ".join(command)} failed: {log[-2000:]}')
 
 
 def _compile(op: str, name: str, program: str, topology: str) -> dict:
@@ -131,9 +142,11 @@ def _compile(op: str, name: str, program: str, topology: str) -> dict:
     operands = jax.tree.map(lambda spec: place(spec.shape, spec.dtype), case.operands)
     lowered = jax.jit(case.programs[program]).lower(*operands)
     text = aot.compile_for_tpu(lowered).as_text()
-  total = _Total(text, aot.chip(topology), case.kernel_bytes)
+  total = Total(text, aot.chip(topology), case.kernel_bytes)
   if program == kernel_cases.KERNEL and not total.kernels:
     raise ConfigError(f'{op} {name}: expected a Pallas kernel in the program, found none.')
+  if total.kernels_given_up:
+    raise WallWMError(f'{op} {name}: the compiler did not simulate {total.kernels_given_up}.')
   return dataclasses.asdict(total.estimate(case.units))
 
 
@@ -143,22 +156,28 @@ def tracing_for(topology: str):
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-class _Total:
-  """The instructions of a compiled program, end to end on one core complex."""
+class Total:
+  """The instructions of a compiled program, end to end on one core complex.
 
-  def __init__(self, text: str, chip: hlo.Chip, kernel_bytes):
+  kernel_bytes: as of `Case`. kernels_given_up: names of kernels without a simulation.
+  """
+
+  def __init__(self, text: str, chip: hlo.Chip, kernel_bytes: Mapping[str, float]):
     self.computations, entry = hlo.parse(text)
     self.traffic = hlo.Traffic(self.computations)
     self.chip, self.kernel_bytes = chip, kernel_bytes
-    self.seconds = self.modelled = self.cycles = self.bytes = 0.0
+    self.seconds = self.modelled = self.mixed = self.cycles = self.bytes = 0.0
     self.given_up = self.kernels = self.vmem = 0
+    self.kernels_given_up: list[str] = []
     self._run(entry, 1)
 
   def estimate(self, units: int) -> Estimate:
     least = self.bytes / self.chip.hbm_bytes_per_s
-    us, modelled = (1e6 * max(x, least) / units for x in (self.seconds, self.modelled))
+    us, modelled, mixed = (
+      1e6 * max(x, least) / units for x in (self.seconds, self.modelled, self.mixed)
+    )
     return Estimate(
-      us, self.cycles / units, None if self.kernels else modelled, self.bytes / units,
+      us, self.cycles / units, None if self.kernels else modelled, mixed, self.bytes / units,
       self.given_up, self.vmem,
     )  # fmt: skip
 
@@ -183,7 +202,7 @@ class _Total:
       vmem = _VMEM.search(op.text)
       self.vmem = max(self.vmem, int(vmem.group(1)) if vmem else 0)
       if not op.simulated:
-        raise WallWMError(f'{op.name}: the compiler did not simulate this kernel.')
+        self.kernels_given_up.append(op.name)
     else:
       moved = self.traffic.of(op, made)
     beside = op.opcode in ('copy-start', 'slice-start')
@@ -192,6 +211,8 @@ class _Total:
     self.given_up += bool(op.cycles) and not op.simulated
     self.seconds += times * max((op.simulated or 0) / self.chip.clock_hz, by_bytes)
     self.modelled += times * max(modelled, by_bytes)
+    simulated = modelled if op.simulated is None else op.simulated / self.chip.clock_hz
+    self.mixed += times * max(simulated, by_bytes)
     self.cycles += times * (op.simulated or 0)
     self.bytes += times * moved
 

@@ -219,7 +219,8 @@ def world_action(tower: str, codec: str) -> ExperimentConfig:
     name=f'wallwm_{tower}',
     model=ModelConfig(
       video=VIDEO_TOWERS[tower],
-      action=ActionConfig(width=1024, heads=16, ffn=4096),
+      # Heads of 128, as the video's: what the lanes of a TPU and its kernels hold.
+      action=ActionConfig(width=1024, heads=8, ffn=4096),
       codec=dataclasses.replace(CODECS[codec], weights=f'weights/{codec}_vae'),
       text=dataclasses.replace(UMT5_XXL, weights='weights/umt5_xxl', cache='weights/captions'),
       image_size=(192, 224),

@@ -161,7 +161,7 @@ class Attention(nnx.Module):
     if rotation is None:
       return self._split(norm(x))
     turn = functools.partial(qk_norm_rope, heads=self.heads, eps=norm.eps)
-    operands = (x, norm.scale[...], *map(jnp.asarray, rotation))
+    operands = (x, norm.scale[...].astype(jnp.float32), *map(jnp.asarray, rotation))
     if not splits_only_batch(x.shape[0] if x.ndim > 2 else 1):
       # A norm over heads on several devices, or tokens in strides: the compiler's to arrange.
       return turn(*operands, implementation='xla')
