@@ -222,3 +222,15 @@ def test_statistics_of_another_robot_are_refused(cfg, params, make_inputs):
   with pytest.raises(StatsMismatchError, match='norm.action_mean: expected shape'):
     other = dataclasses.replace(params, frozen=dataclasses.replace(params.frozen, norm=norm))
     predict_event(other, *make_inputs(), KEY, cfg=cfg, bucket=1)
+
+
+def test_weights_may_be_stored_in_bfloat16(cfg, params, make_inputs):
+  obs, text = make_inputs()
+  cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype='bfloat16'))
+  stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.model)
+  out = jax.eval_shape(
+    functools.partial(predict_event, cfg=cfg, bucket=3),
+    dataclasses.replace(params, model=stored), obs, text, KEY,
+  )  # fmt: skip
+  assert out.chunk.actions.shape == (2, 12, 10)
+  assert out.chunk.actions.dtype == jnp.float32
