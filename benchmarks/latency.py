@@ -304,7 +304,7 @@ def static(args, topology: str, part: str) -> dict:
     with activation_sharding(mesh, mesh_config.rules):
       return function(*given)
 
-  with static_cost.tracing_for(topology) if args.chips == 1 else contextlib.nullcontext():
+  with aot.tracing_for(topology) if args.chips == 1 else contextlib.nullcontext():
     lowered = jax.jit(run).lower(params, *given)
   program = aot.compile_for_tpu(lowered)
   rows = tokens(config)

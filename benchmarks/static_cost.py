@@ -26,8 +26,7 @@ from collections.abc import Mapping
 import harness
 import jax
 import kernel_cases
-import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from wallwm_jax.parallel import aot, hlo
 from wallwm_jax.types import ConfigError, WallWMError
@@ -77,7 +76,7 @@ def main() -> None:
 def report(op: str, name: str, topology: str) -> None:
   """One case: the kernel, every other formulation, and the ratio to the best of those."""
   chip = aot.chip(topology)
-  with tracing_for(topology):
+  with aot.tracing_for(topology):
     case = kernel_cases.load(op).case(name)
   found = {program: estimate(op, name, program, topology) for program in case.programs}
   kernel = found.pop(kernel_cases.KERNEL)
@@ -135,7 +134,7 @@ def in_a_process(command: list[str], patience_s: float = _TIMEOUT_S) -> dict:
 
 
 def _compile(op: str, name: str, program: str, topology: str) -> dict:
-  with tracing_for(topology):
+  with aot.tracing_for(topology):
     case = kernel_cases.load(op).case(name)
     sharding = SingleDeviceSharding(aot.tpu_devices(topology)[0])
     place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
@@ -148,12 +147,6 @@ def _compile(op: str, name: str, program: str, topology: str) -> dict:
   if total.kernels_given_up:
     raise WallWMError(f'{op} {name}: the compiler did not simulate {total.kernels_given_up}.')
   return dataclasses.asdict(total.estimate(case.units))
-
-
-def tracing_for(topology: str):
-  """Kernels ask the mesh in context for the kind of chip."""
-  mesh = Mesh(np.array(aot.tpu_devices(topology)[:1]), ('one',))
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 class Total:

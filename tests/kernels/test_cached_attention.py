@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import relative_error
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, SingleDeviceSharding
 
 from wallwm_jax.kernels.cached_attention import api, pallas_gpu, pallas_tpu, reference
 from wallwm_jax.kernels.cached_attention.rows import Rows
@@ -107,12 +108,6 @@ def exact(operands, keywords):
   """The reference on the same rounded operands, not rounded at the end."""
   rise = functools.partial(jax.tree.map, lambda x: x if x.dtype == jnp.int32 else x.astype('f4'))
   return reference.cached_attention(*rise(operands), **rise(keywords))
-
-
-def relative_error(got, expected):
-  got, expected = (np.asarray(x, np.float64) for x in (got, expected))
-  norm = np.linalg.norm(expected)
-  return np.linalg.norm(got - expected) / (norm if norm else 1.0)
 
 
 # Numbers
@@ -347,8 +342,7 @@ def check_compiles(topology, calls):
   device = aot.tpu_devices(topology)[0]
   place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
   calls = jax.tree.map(lambda x: place(x.shape, x.dtype), calls)
-  mesh = Mesh(np.array([device]), ('one',))
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  with aot.tracing_for(topology):
     lowered = jax.jit(lambda calls: [api.cached_attention(*x, **y) for x, y in calls]).lower(calls)
     text = aot.compile_for_tpu(lowered, exec_time_optimization_effort=-1.0).as_text()
   kernels = [line for line in text.splitlines() if '"tpu_custom_call"' in line]

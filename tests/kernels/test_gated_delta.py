@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import relative_error
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from wallwm_jax.kernels.gated_delta import api, pallas_tpu, reference, xla
 from wallwm_jax.parallel import aot
@@ -66,11 +67,6 @@ def xla_form(*args):
 recurrence = jax.jit(reference.gated_delta)
 FORMS = {'kernel': kernel, 'xla': xla_form}
 every_form = pytest.mark.parametrize('form', FORMS)
-
-
-def relative_error(got, expected):
-  got, expected = (np.asarray(x, np.float64) for x in (got, expected))
-  return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 def check(form, args, tolerance=None, **options):
@@ -341,7 +337,7 @@ def compiled(topology, tokens, heads=(16, 32), dtype=jnp.bfloat16, rule=api.gate
   shapes = [((1, tokens, h, 128), dtype) for h in (hk, hk, hv)]
   shapes += [((1, tokens, hv), jnp.float32)] * 2 + [((1, hv, 128, 128), jnp.float32)]
   args = [jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in shapes]
-  with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ('one',)).abstract_mesh):
+  with aot.tracing_for(topology):
     lowered = jax.jit(rule).lower(*args)
     return aot.compile_for_tpu(lowered, exec_time_optimization_effort=-1.0).as_text()
 

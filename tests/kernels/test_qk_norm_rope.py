@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import relative_error
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,11 +69,6 @@ def xla_form(x, scale, cos, sin, g, heads):
 
 
 FORMS = {'kernels': kernels, 'xla': xla_form}
-
-
-def relative_error(got, expected):
-  got, expected = (np.asarray(a, np.float64) for a in (got, expected))
-  return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 def check(got, expected, dtype):
@@ -248,7 +244,7 @@ def compiled(topology, tokens, width, back=False, table='shared', dtype=jnp.bflo
     return jnp.square(out.astype(jnp.float32)).sum() if back else out
 
   run = jax.grad(run, argnums=(0, 1, 2, 3) if table == 'own' else (0, 1)) if back else run
-  with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ('one',)).abstract_mesh):
+  with aot.tracing_for(topology):
     lowered = jax.jit(run).lower(*specs)
     return aot.compile_for_tpu(lowered, exec_time_optimization_effort=-1.0).as_text()
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import relative_error
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -56,11 +57,6 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
 def symmetric(seed, *shape, dtype=jnp.bfloat16):
   x = np.random.default_rng(seed).normal(size=(*shape, shape[-1]))
   return jnp.asarray(x + x.swapaxes(-1, -2), dtype)
-
-
-def relative_error(got, expected):
-  got, expected = (np.asarray(x, np.float64) for x in (got, expected))
-  return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 def in_blocks(x):
@@ -329,12 +325,6 @@ BOTH = [(3072, 3072), (5120, 5120), (3072, 14336), (5120, 13824)]
 V5P_ONLY = [(1536, 1536), (2048, 2048), (1536, 8960)]  # loses to XLA on the larger MXUs
 
 
-def tracing_for(topology):
-  """The kernel asks the mesh in context for the kind of chip."""
-  mesh = Mesh(np.array(aot.tpu_devices(topology)[:1]), ('one',))
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
 def compiled(topology, shape, epilogue=True, dtype=jnp.bfloat16):
   """HLO of `api.syrk` for one chip of a topology."""
   pytest.importorskip('libtpu')
@@ -348,7 +338,7 @@ def compiled(topology, shape, epilogue=True, dtype=jnp.bfloat16):
 
   *lead, m, _ = shape
   scale = spec((*lead, 1, 1), jnp.float32)
-  with tracing_for(topology):
+  with aot.tracing_for(topology):
     lowered = jax.jit(run).lower(spec(shape), spec((*lead, m, m)), scale, scale)
     return aot.compile_for_tpu(lowered, exec_time_optimization_effort=-1.0).as_text()
 
@@ -360,9 +350,9 @@ def kernels_in(text):
 
 def test_the_chip_decides():
   pytest.importorskip('libtpu')
-  with tracing_for('v5p:2x2x1'):
+  with aot.tracing_for('v5p:2x2x1'):
     assert takes(3072, 3072) and all(takes(*shape) for shape in V5P_ONLY)
-  with tracing_for('v6e:2x2'):
+  with aot.tracing_for('v6e:2x2'):
     assert takes(3072, 3072) and not any(takes(*shape) for shape in V5P_ONLY)
 
 

@@ -6,11 +6,13 @@ be costed (`parallel.hlo`) but not run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
@@ -57,6 +59,13 @@ def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
       f'topology {topology!r}: expected one like v5p:4x4x4 or v6e:4x4, but the TPU compiler says: '
       f'{str(error).splitlines()[0]}'
     ) from error
+
+
+def tracing_for(topology: str) -> contextlib.AbstractContextManager:
+  """Where functions are traced for one chip of a topology: kernels ask the mesh in context for the
+  kind of chip, and whether there is more than one."""
+  mesh = Mesh(np.array(tpu_devices(topology)[:1]), ('one',))
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def compile_for_tpu(lowered: jax.stages.Lowered, **options: bool | float) -> jax.stages.Compiled:
