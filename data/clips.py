@@ -23,14 +23,12 @@ import pyarrow as pa
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from wallwm_jax.data.x264 import SAME_BYTES
 from wallwm_jax.types import ConfigError, CorruptStoreError, DataError
 
 Frames = dict[str, np.ndarray]  # by camera
 Sizes = Mapping[str, tuple[int, int]]  # (H, W) by camera
 
-# x264's AVX-512 code (macroblock trees) reads memory that it has not written: at widths that are no
-# multiple of 64 pixels up to 4 % of encodes had other bytes. Up to AVX2 all are the same.
-SAME_BYTES = {'x264-params': 'asm=AVX2'}
 LUMA_LIMIT = 32  # levels: a mean error beyond this is another picture, not a compressed one
 _SEI = 'filter_units=remove_types=6'  # drops the encoder's note about itself, 0.6 KB a clip
 _COLOURS = {'src_colorspace': 'ITU601', 'dst_colorspace': 'ITU601', 'threads': 1}

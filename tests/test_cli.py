@@ -202,7 +202,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
     ),
     (('train', '--config', ROOT / 'experiments/quickstart.py', '--config.optim.lrr=1'), ["'lr'"]),
     (('eval', 'openloop', '--workdir', 'x', '--store', 'nowhere'), ['nowhere']),
-    (('export', '--workdir', 'nowhere', '--out', 'x'), ['nowhere']),
+    (('export', 'nowhere', '--out', 'x'), ['nowhere']),
     (('bench', 'nowhere'), ['benchmarks/nowhere.py']),
   ],
 )
@@ -224,7 +224,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'argv', [(), ('fly',), ('data', 'build'), ('export', '--workdir', 'x', '--out', 'y', '--speed')]
+  'argv', [(), ('fly',), ('data', 'build'), ('export', 'x', '--out', 'y', '--speed')]
 )
 def test_wrong_usage_exits_with_2(argv, capsys):
   with pytest.raises(SystemExit) as stopped:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
 
-from wallwm_jax.data.clips import SAME_BYTES
+from wallwm_jax.data.x264 import SAME_BYTES
 from wallwm_jax.errors import DataError
 
 CODECS = {  # FFmpeg's encoder and options that make each frame cheap to find

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from wallwm_jax.data import stats as data_stats
-from wallwm_jax.inference import export, exported, programs
+from wallwm_jax.inference import export, exported, policy_functions
 from wallwm_jax.inference.event import predict_event
 from wallwm_jax.inference.export import Captions, Choice, export_policy, load, verify
 from wallwm_jax.inference.policy_functions import export_program, flat_weights, policy_function
@@ -59,7 +59,7 @@ def folder(cfg, params, texts, lowered, tmp_path_factory):
   frozen = dataclasses.replace(params.frozen, language=Language({}, {}, nothing, nothing, nothing))
   whole = InferenceParams(params.model | {'heads': {'kernel': nothing}}, frozen)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, 'export_program', functools.partial(_lower_once, lowered))
+    patch.setattr(policy_functions, 'export_program', functools.partial(_lower_once, lowered))
     export_policy(cfg, whole, path, Choice(('cpu', 'tpu'), BUCKETS), texts)
   return path
 
@@ -77,7 +77,7 @@ def lowered():
 @pytest.fixture
 def lower_once(lowered, monkeypatch):
   """Programs come from those that were lowered before: for tests of writing."""
-  monkeypatch.setattr(programs, 'export_program', functools.partial(_lower_once, lowered))
+  monkeypatch.setattr(policy_functions, 'export_program', functools.partial(_lower_once, lowered))
 
 
 def _lower_once(lowered, cfg, weights, *choice):
@@ -138,7 +138,7 @@ def test_an_artifact_computes_the_bits_of_the_jitted_function(cfg, params, polic
     inputs['view_mask'] = np.array([[True, i % 2 == 0] for i in range(rows)])
     if mode == 'event':
       inputs['length'] = np.full(rows, bucket, np.int32)
-    live = jax.jit(policy_function(cfg, programs.window_of(cfg, mode, bucket)))
+    live = jax.jit(policy_function(cfg, policy_functions.window_of(cfg, mode, bucket)))
     want, got = live(flat_weights(params), inputs), getattr(policy, mode)(inputs)
     assert want['actions'].shape == (rows, 4 * bucket, 10) and want.keys() == got.keys()
     for name, value in want.items():
@@ -376,17 +376,18 @@ def test_a_kernel_without_a_promise_is_noted():
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return pl.pallas_call(_double, out, compiler_params=triton.CompilerParams(num_warps=4))(x)
 
-  allowed = [jax.export.DisabledSafetyCheck.custom_call(n) for n in programs.UNSTABLE_CALLS]
+  calls = policy_functions.UNSTABLE_CALLS
+  allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
   trace = jax.export.export(jax.jit(kernel), platforms=['cuda'], disabled_checks=allowed)
   made = trace(jax.ShapeDtypeStruct((128, 128), jnp.float32))
-  assert programs.Program('event', 2, made, 1, '').unstable_calls == [*programs.UNSTABLE_CALLS]
+  assert policy_functions.Program('event', 2, made, 1, '').unstable_calls == [*calls]
 
 
 def test_another_fault_than_the_symbol_is_raised(cfg, params, monkeypatch):
   def broken(*args, **kwargs):
     raise ZeroDivisionError('in the model')
 
-  monkeypatch.setattr(programs.denoiser, 'predict', broken)
+  monkeypatch.setattr(policy_functions.denoiser, 'predict', broken)
   with pytest.raises(ZeroDivisionError, match='in the model'):
     export_program(cfg, flat_weights(params), 'event', 2, 'cpu', None)
 
