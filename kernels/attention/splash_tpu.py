@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as tables
 
+from wallwm_jax.kernels.static import is_static
+
 _BLOCK = 512  # queries, or keys, of a block
 _LANES = 128
 _LONG = 1 << 20  # logits per head; XLA keeps fewer near the cores
@@ -35,6 +37,8 @@ def supports(q, k, mask, bias) -> bool:
   """Whether the backend takes this call: long, bfloat16, heads of multiples of 128, no bias, a mask
   that all heads share.
   """
+  if not is_static(q, k):
+    return False
   batch, queries, _, width = q.shape
   keys = k.shape[1]
   blocks = batch * pl.cdiv(queries, _BLOCK), batch * pl.cdiv(keys, _BLOCK)

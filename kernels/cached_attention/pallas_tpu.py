@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from wallwm_jax.kernels.cached_attention.rows import Rows
+from wallwm_jax.kernels.static import is_static
 
 _LANES = 128
 _SUBLANES = 16  # of a bfloat16 tile
@@ -46,7 +47,8 @@ def supports(rows: Rows, q: jax.Array, k: jax.Array | jax.ShapeDtypeStruct) -> b
   Depends on the chip: that of the mesh in context, else the default device. Tracing for a TPU
   elsewhere, and without its mesh, means a v5p.
   """
-  return q.dtype == jnp.bfloat16 and rows.dim % _LANES == 0 and _tiles(rows, k) is not None
+  taken = q.dtype == jnp.bfloat16 and rows.dim % _LANES == 0 and is_static(q, k)
+  return taken and _tiles(rows, k) is not None
 
 
 def cached_attention(rows: Rows, q, k, v, lengths, layer, latents, interpret=False):

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from wallwm_jax.kernels.static import is_static
+
 _CHUNK, _BLOCK, _LANES = 64, 16, 128
 _MAX_HEADS = 16  # value heads of a group: states, their in- and output and two chunks in 15 MB
 _TOGETHER = 8  # pairs of heads whose steps alternate: fewer wait for each other's products
@@ -34,6 +36,7 @@ def supports(q, v) -> bool:
   return (
     q.dtype == v.dtype
     and q.dtype in (jnp.bfloat16, jnp.float32)
+    and is_static(q, v)
     and q.shape[1] > _CHUNK
     and q.shape[3] % _LANES == 0
     and v.shape[3] % _LANES == 0

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from wallwm_jax.kernels.static import is_static
+
 _HEAD = 128  # width of a head: the lanes of a register
 _CHUNK = 64  # tokens in flight
 _MAX_BLOCK = 256  # tokens of a grid step
@@ -21,7 +23,7 @@ _VMEM = 11 * 2**20  # bytes of its blocks, twice each; XLA gives one kernel 16 M
 
 def supports(x: jax.Array | jax.ShapeDtypeStruct, heads: int) -> bool:
   """Whether the kernels take x [N, S, D]: heads of 128, enough tokens to beat XLA."""
-  taken = x.dtype in (jnp.bfloat16, jnp.float32) and x.shape[-1] == heads * _HEAD
+  taken = x.dtype in (jnp.bfloat16, jnp.float32) and x.shape[-1] == heads * _HEAD and is_static(x)
   return taken and x.shape[-2] >= 2 * _CHUNK and _block(x, 3) is not None
 
 

@@ -327,6 +327,27 @@ def test_a_program_that_takes_no_symbol_has_one_row(
     policy.event(make_rows(2))
 
 
+def test_kernels_are_kept_on_a_tpu_and_any_rows_elsewhere():
+  """Of the 5B model: our kernels lay out rows by number, XLA takes a symbol."""
+  from wallwm_jax.commands.export import shapes_of
+  from wallwm_jax.presets import world_action
+
+  config = world_action('wan2_2_5b', 'wan2_2')
+  weights = flat_weights(shapes_of(config))
+  programs = {
+    platform: export_program(config, weights, 'event', 4, platform, None)
+    for platform in ('cuda', 'tpu')
+  }
+  kernels = {
+    platform: program.exported.mlir_module().count('@tpu_custom_call')
+    for platform, program in programs.items()
+  }
+  assert programs['cuda'].batch is None and kernels['cuda'] == 0
+  assert programs['tpu'].batch == 1 and kernels['tpu'] > 0
+  expected = f'{kernels["tpu"]} kernel calls take no symbolic number of rows'
+  assert programs['tpu'].batch_reason == expected
+
+
 def test_a_program_is_refused_on_another_platform(folder, tmp_path):
   with pytest.raises(CheckpointError, match=r"platform of \['cpu', 'tpu'\].*'cuda' was asked for"):
     load(folder, platform='cuda')

@@ -47,13 +47,13 @@ def run(args: argparse.Namespace) -> None:
   )
   captions = _captions(args.text) if args.text else []
   if args.dry_run:
-    plan = describe(config, _shapes(config), choice)
+    plan = describe(config, shapes_of(config), choice)
     common.print_json({'out': args.out, 'captions': len(captions)} | plan)
     return
   if args.config and not args.programs_only:
     raise ConfigError('--config: an experiment has no parameters. Add --programs-only, or name the '
                       'workdir of a trained run.')
-  params = _shapes(config) if args.programs_only else load_inference(args.workdir)[1]
+  params = shapes_of(config) if args.programs_only else load_inference(args.workdir)[1]
   text = _encoded(captions, config) if captions else None
   export_policy(config, params, args.out, choice, text)
   manifest = verify(args.out)
@@ -98,7 +98,7 @@ def _encoded(captions: list[str], config):
   return Captions(captions, make_text_encoder(config.model.text).encode(captions))
 
 
-def _shapes(config):
+def shapes_of(config):
   """The parameters of a run of this config as ShapeDtypeStructs."""
   import functools
 

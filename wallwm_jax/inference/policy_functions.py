@@ -141,13 +141,23 @@ def export_program(
   if batch is not None:
     return Program(mode, bucket, lower(batch), batch, 'asked for')
   try:
-    return Program(mode, bucket, lower(jax.export.symbolic_shape('b')[0]), None, '')
+    anyhow, reason = lower(jax.export.symbolic_shape('b')[0]), None
   except Exception as error:  # everything that meets a symbol refuses it in its own way
     reason = f'no symbolic number of rows: {type(error).__name__}: {str(error).splitlines()[0]}'
-    # Another fault than the symbol shows itself here again, and is raised.
-    program = Program(mode, bucket, lower(1), 1, reason)
+  if reason is None and platform != 'tpu':  # the kernels there are chosen by name only
+    return Program(mode, bucket, anyhow, None, '')
+  single = lower(1)  # another fault than the symbol shows itself here again, and is raised
+  if reason is None:
+    if not (lost := _kernels(single) - _kernels(anyhow)):
+      return Program(mode, bucket, anyhow, None, '')
+    reason = f'{lost} kernel calls take no symbolic number of rows'
+  program = Program(mode, bucket, single, 1, reason)
   _log.warning('%s, bucket %d, %s: one row per call (%s)', mode, bucket, platform, reason)
   return program
+
+
+def _kernels(made: jax.export.Exported) -> int:
+  return made.mlir_module().count('@tpu_custom_call')
 
 
 def flat_weights(params: InferenceParams) -> Arrays:
